@@ -1,0 +1,9 @@
+#include <pybind11/pybind11.h>
+
+#include "tensors.h"
+
+namespace lswag {
+
+void register_gradient_moments(pybind11::module_&) {}
+
+}  // namespace lswag

@@ -1,0 +1,1 @@
+#include "lswag/dispatch.h"

@@ -1,0 +1,61 @@
+"""Which devices and dtypes this build computes on here, and why not on the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute scores: its name, whether it works here, and the reason or the details."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def backends() -> tuple[Backend, ...]:
+    """Returns every backend with its state on this machine, in order of preference."""
+    return (_cuda(), _cpu())
+
+
+def resolve_device(device: str) -> str:
+    """Returns the device that `device` ("auto", "cpu", "cuda", "cuda:1") means here; raises InputError if none."""
+    if device == "auto":
+        return next(b.name for b in backends() if b.available)
+    for backend in backends():
+        if device.split(":")[0] == backend.name:
+            if not backend.available:
+                raise InputError(f"device {device!r} cannot be used: {backend.detail}; pass device='cpu'")
+            return device
+    raise InputError(f"device must be auto or one of {', '.join(b.name for b in backends())}, got {device!r}")
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Returns the dtype that `dtype` means on `device`: "auto" is bfloat16 with bf16 matrix instructions."""
+    if dtype != "auto":
+        return dtype
+    from . import _C
+
+    return "bfloat16" if device == "cpu" and _C.cpu_has_bf16() else "float32"
+
+
+def _cpu() -> Backend:
+    from . import _C
+
+    paths = ", ".join(_C.cpu_paths())
+    return Backend("cpu", True, f"instruction set {_C.cpu_path()} in use (this machine has {paths})")
+
+
+def _cuda() -> Backend:
+    import torch
+
+    from . import _C
+
+    if not _C.cuda_kernels():
+        return Backend("cuda", False, "this build holds no CUDA kernels")
+    if not torch.cuda.is_available():
+        return Backend("cuda", False, "torch finds no CUDA device")
+    return Backend("cuda", True, torch.cuda.get_device_name())

@@ -1,0 +1,91 @@
+"""What a score is computed with: the options of `score`, checked and resolved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from .errors import InputError
+
+Pooling = Literal["union", "sum"]
+Numerator = Literal["one", "mean"]
+
+DTYPES = ("auto", "float32", "bfloat16")
+POOLINGS = ("union", "sum")
+NUMERATORS = ("one", "mean")
+MAX_SAMPLES = 1024
+DEFINITION_VERSION = 1
+"""Raised whenever the same candidate, batch and options would score differently."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Options of one score; see :func:`lswag_fast.score` for their meaning.
+
+    `resolved` replaces every "decide for me" value (`groups=None`, `dtype="auto"`, `device="auto"`,
+    `pattern_samples=None`) by the value that is used, which is what a store's key is made of.
+    """
+
+    groups: int | None = None
+    window: tuple[int, int] = (0, 100)
+    pooling: Pooling = "union"
+    pattern_samples: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    numerator: Numerator = "one"
+    patterns_inside_window: bool = False
+    extra_parameters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", tuple(self.window))
+        object.__setattr__(self, "extra_parameters", tuple(self.extra_parameters))
+        if len(self.window) != 2 or not 0 <= self.window[0] <= self.window[1] <= 100:
+            raise InputError(
+                f"window is (first, last) in percent of depth with 0 <= first <= last <= 100, got {self.window}"
+            )
+        _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("numerator", self.numerator, NUMERATORS)
+        _one_of("dtype", self.dtype, DTYPES)
+
+    def resolved(self, samples: int, *, coupled: bool = False) -> ScoreOptions:
+        """Returns these options with every automatic value decided for a batch of `samples` images.
+
+        Raises InputError where they do not fit the batch: S outside 2..1024, S not divisible by G, G below 2,
+        pattern_samples outside 2..S, or a device that no backend of this build computes on.
+        """
+        from . import backends
+
+        if not 2 <= samples <= MAX_SAMPLES:
+            raise InputError(
+                f"a score needs 2 to {MAX_SAMPLES} images (sigma and patterns compare samples), got S = {samples}"
+            )
+        groups = self.groups if self.groups is not None else (2 if coupled else samples)
+        if groups < 2 or samples % groups:
+            divisors = ", ".join(str(g) for g in range(2, samples + 1) if samples % g == 0)
+            raise InputError(f"groups must be 2 or more and divide S = {samples} ({divisors}), got {groups}")
+        if coupled and groups == samples:
+            raise InputError(
+                f"groups = {groups} asks for the gradient of each sample alone, which a model whose samples are "
+                f"coupled does not have; pass groups=2 (the default there), or call model.eval() first"
+            )
+        pattern_samples = samples if self.pattern_samples is None else self.pattern_samples
+        if not 2 <= pattern_samples <= samples:
+            raise InputError(f"pattern_samples must be from 2 to S = {samples}, got {pattern_samples}")
+        device = backends.resolve_device(self.device)
+        return replace(
+            self,
+            groups=groups,
+            pattern_samples=pattern_samples,
+            device=device,
+            dtype=backends.resolve_dtype(self.dtype, device),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as plain values that JSON can hold."""
+        return asdict(self)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
