@@ -1,0 +1,129 @@
+// Vectors of the instruction set that a kernel is compiled for, written with the vector extensions of GCC and Clang so
+// that one source serves SSE2, NEON, AVX2 and AVX-512. Included only by csrc/cpu/*.cpp; all of it lives in the
+// namespace of the instruction set, so that no code for a wider one is ever linked into a narrower path.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace lswag {
+namespace LSWAG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
+typedef double vdouble __attribute__((vector_size(8 * kLanes)));  // as many lanes: two registers, where floats take one
+
+// The 16-bit formats, told apart by type.
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+namespace detail {
+typedef vfloat vfloat_unaligned __attribute__((aligned(4), may_alias));
+typedef vuint vuint_unaligned __attribute__((aligned(4), may_alias));
+typedef vhalf vhalf_unaligned __attribute__((aligned(2), may_alias));
+typedef vdouble vdouble_unaligned __attribute__((aligned(8), may_alias));
+}  // namespace detail
+
+inline vfloat splat(float x) { return x - vfloat{}; }
+
+inline vfloat load(const float* p) { return *reinterpret_cast<const detail::vfloat_unaligned*>(p); }
+inline vdouble load(const double* p) { return *reinterpret_cast<const detail::vdouble_unaligned*>(p); }
+inline vuint load(const uint32_t* p) { return *reinterpret_cast<const detail::vuint_unaligned*>(p); }
+inline vhalf load(const uint16_t* p) { return *reinterpret_cast<const detail::vhalf_unaligned*>(p); }
+
+inline void store(float* p, vfloat x) { *reinterpret_cast<detail::vfloat_unaligned*>(p) = x; }
+inline void store(double* p, vdouble x) { *reinterpret_cast<detail::vdouble_unaligned*>(p) = x; }
+inline void store(uint32_t* p, vuint x) { *reinterpret_cast<detail::vuint_unaligned*>(p) = x; }
+inline void store(uint16_t* p, vhalf x) { *reinterpret_cast<detail::vhalf_unaligned*>(p) = x; }
+
+inline vuint bits_of(vfloat x) { return reinterpret_cast<vuint>(x); }
+inline vfloat float_of(vuint x) { return reinterpret_cast<vfloat>(x); }
+
+inline vfloat abs(vfloat x) { return float_of(bits_of(x) & 0x7fffffffu); }
+inline vfloat max(vfloat x, vfloat y) { return x > y ? x : y; }
+
+inline vdouble widen(vfloat x) { return __builtin_convertvector(x, vdouble); }
+
+// float32 from float32, bfloat16 and float16, exactly (subnormals, infinities and NaN included).
+inline vfloat load_float(const float* p) { return load(p); }
+inline vfloat load_float(const bfloat16* p) { return float_of(__builtin_convertvector(load(&p->bits), vuint) << 16); }
+inline vfloat load_float(const float16* p) {
+    const vuint half = __builtin_convertvector(load(&p->bits), vuint);
+    const vuint magnitude = (half & 0x7fffu) << 13;
+    const vuint special = reinterpret_cast<vuint>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+    const vfloat rebased = float_of(magnitude) * splat(0x1p112f);
+    return float_of(bits_of(rebased) | special | ((half & 0x8000u) << 16));
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+inline float to_float(float16 x) {
+    const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+    float value;
+    __builtin_memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    bits |= (magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u) | ((x.bits & 0x8000u) << 16);
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+// The bits of the nearest bfloat16 (ties to even) in the low half of each lane; NaN stays NaN.
+inline vuint round_to_bfloat16(vfloat x) {
+    const vuint bits = bits_of(x);
+    const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const vuint nan = (bits >> 16) | 0x40u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+inline void store_bfloat16(bfloat16* p, vfloat x) {
+    store(&p->bits, __builtin_convertvector(round_to_bfloat16(x), vhalf));
+}
+inline uint16_t round_to_bfloat16(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Sums in a fixed order, so that results do not depend on how lanes are folded.
+inline float sum_lanes(vfloat x) {
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+    return total;
+}
+inline double sum_lanes(vdouble x) {
+    double total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+    return total;
+}
+inline float max_lanes(vfloat x) {
+    float largest = x[0];
+    for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest ? x[lane] : largest;
+    return largest;
+}
+
+}  // namespace LSWAG_ISA
+}  // namespace lswag
