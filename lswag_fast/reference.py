@@ -224,7 +224,8 @@ class _Watch(TorchFunctionMode):
             self.uses += [self.names[id(a)] for a in operands if id(a) in self.names]
         result = func(*args, **kwargs)
         # nn.ReLU6 calls hardtanh with the limits 0 and 6.
-        if func in _ACTIVATIONS or (func is F.hardtanh and args[1:3] == (0.0, 6.0)):
+        relu6 = func is F.hardtanh and kwargs.get("min_val") == 0
+        if func in _ACTIVATIONS or relu6:
             self.signs.append((result > 0).detach().clone())
             self.layer_before.append(self.uses[-1] if self.uses else "")
         return result
