@@ -1,0 +1,161 @@
+"""Attention with AutoFormer's 2-D relative positions on keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..errors import InputError
+
+
+def relative_attention(
+    qkv: Tensor,  # [S, T, 3*H*D]
+    key_tables: tuple[Tensor, Tensor],  # vertical, horizontal: [2*L+2, D] each
+    value_tables: tuple[Tensor, Tensor],  # vertical, horizontal: [2*L+2, D] each
+    *,
+    heads: int,
+    grid: tuple[int, int],
+    scale: float | None = None,
+) -> Tensor:  # [S, T, H*D]
+    """Self-attention of a class token and a grid of patches, with relative positions on keys and values.
+
+    `out_i = sum_j p_ij (v_j + r_V[i, j])` with `p = softmax_j(scale * (q_i . k_j + q_i . r_K[i, j]))` in each head,
+    where `r[i, j] = vertical[iv] + horizontal[ih]`. Both indices are 0 where i or j is the class token; elsewhere
+    `iv = L + 1 + clip(row_j - row_i, -L, L)`, and `ih` is the same of columns.
+
+    No T x T x D tensor is built: what the tables add to the scores of a query at row r is a slice of its products
+    with the 2L+2 table rows, and what they add to its output is the probabilities summed over each row and each column
+    of the key grid, times the tables. The gradient recomputes the probabilities from one number a query.
+
+    Args:
+        qkv: Queries, keys and values of `T = 1 + rows * columns` tokens, the class token first, head-major in each
+            third. Float32, bfloat16 and float16 on the CPU run natively: bfloat16 multiplies bfloat16 pairs where the
+            processor has such instructions (sums, softmax float32), float16 computes in float32. Others take
+            `relative_attention_torch`.
+        key_tables: Vertical and horizontal table of the keys, read in the dtype of `qkv`; index 0 is the class token.
+        value_tables: The same of the values.
+        heads: H.
+        grid: Rows and columns of patches.
+        scale: Factor of the scores, above 0; `D ** -0.5` where None.
+
+    Returns:
+        The heads side by side, in the dtype of `qkv`; differentiable once in `qkv` and in every table. Same input,
+        same bits, whatever the number of threads.
+
+    Raises:
+        InputError: Shapes, devices or dtypes that do not fit each other, or a scale that is not above 0.
+
+    Source: AutoFormer (Chen et al., ICCV 2021), section 3.1, after Shaw et al. (2018), eq. 3 and 4.
+    """
+    tensors = (qkv, *key_tables, *value_tables)
+    if has_torch_function(tensors):
+        result: Tensor = handle_torch_function(
+            relative_attention, tensors, qkv, key_tables, value_tables, heads=heads, grid=grid, scale=scale
+        )
+        return result
+    _check(qkv, key_tables, value_tables, heads, grid, scale)
+    return relative_attention_torch(qkv, key_tables, value_tables, heads=heads, grid=grid, scale=scale)
+
+
+def relative_attention_torch(
+    qkv: Tensor,
+    key_tables: tuple[Tensor, Tensor],
+    value_tables: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    grid: tuple[int, int],
+    scale: float | None = None,
+) -> Tensor:
+    """`relative_attention` in plain differentiable torch, on any device and dtype; same arguments and errors."""
+    _check(qkv, key_tables, value_tables, heads, grid, scale)
+    samples, tokens, _ = qkv.shape
+    head_dim = _head_dim(qkv, heads)
+    q, k, v = qkv.reshape(samples, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    key_class, key_rows, key_columns = _relative(key_tables, grid, qkv)
+    value_class, value_rows, value_columns = _relative(value_tables, grid, qkv)
+
+    q_grid = q[:, :, 1:].unflatten(2, grid)
+    by_row = torch.einsum("shrcd,rbd->shrcb", q_grid, key_rows)
+    by_column = torch.einsum("shrcd,ced->shrce", q_grid, key_columns)
+    of_patches = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).reshape(samples, heads, tokens - 1, tokens - 1)
+    of_class = (q @ key_class).unsqueeze(-1)
+    bias = torch.cat(
+        (of_class[:, :, :1].expand(-1, -1, 1, tokens), torch.cat((of_class[:, :, 1:], of_patches), -1)), dim=2
+    )
+    factor = head_dim**-0.5 if scale is None else scale
+    p = ((q @ k.transpose(-2, -1) + bias) * factor).softmax(-1)
+
+    p_grid = p[:, :, 1:, 1:].unflatten(3, grid).unflatten(2, grid)
+    moved = torch.einsum("shrcb,rbd->shrcd", p_grid.sum(-1), value_rows)
+    moved = moved + torch.einsum("shrce,ced->shrcd", p_grid.sum(-2), value_columns)
+    to_class = torch.cat((p[:, :, :1].sum(-1, keepdim=True), p[:, :, 1:, :1]), dim=2)
+    out = p @ v + to_class * value_class + F.pad(moved.flatten(2, 3), (0, 0, 1, 0))
+    output: Tensor = out.transpose(1, 2).reshape(samples, tokens, heads * head_dim)
+    return output
+
+
+def multiply_adds(samples: int, tokens: int, heads: int, head_dim: int, table_rows: int) -> int:
+    """Multiply-adds of one forward pass: both attention products, and queries and sums with `table_rows` rows a table.
+
+    `table_rows` is 2*L+2, the rows of one of the four tables.
+    """
+    return samples * (2 * tokens * tokens + 4 * table_rows * tokens) * heads * head_dim
+
+
+def _relative(tables: tuple[Tensor, Tensor], grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the entry of the class token [D], and [n, n, D] from each to each row, and the same of columns."""
+    spread = []
+    for table, n in zip(tables, grid, strict=True):
+        reach = table.shape[0] // 2 - 1
+        place = torch.arange(n, device=table.device)
+        index = (place[None, :] - place[:, None]).clamp(-reach, reach) + reach + 1
+        spread.append(table.to(like.dtype)[index])
+    of_class = (tables[0][0] + tables[1][0]).to(like.dtype)
+    return of_class, spread[0], spread[1]
+
+
+def _head_dim(qkv: Tensor, heads: int) -> int:
+    return qkv.shape[2] // (3 * heads)
+
+
+def _check(
+    qkv: Tensor,
+    key_tables: tuple[Tensor, Tensor],
+    value_tables: tuple[Tensor, Tensor],
+    heads: int,
+    grid: tuple[int, int],
+    scale: float | None,
+) -> None:
+    if not qkv.is_floating_point():
+        raise InputError(f"expected qkv of a floating dtype, got {qkv.dtype}; convert it first")
+    if heads < 1 or len(grid) != 2 or min(grid) < 1:
+        raise InputError(f"expected heads >= 1 and a grid of (rows, columns) >= 1, got heads = {heads}, grid = {grid}")
+    tokens = 1 + grid[0] * grid[1]
+    if qkv.dim() != 3 or qkv.shape[1] != tokens:
+        got = f"T = {qkv.shape[1]}" if qkv.dim() == 3 else f"shape {list(qkv.shape)}"
+        raise InputError(f"expected qkv [S, T, 3*H*D] with T = 1 + {grid[0]}*{grid[1]} = {tokens} tokens, got {got}")
+    if qkv.shape[2] == 0 or qkv.shape[2] % (3 * heads):
+        raise InputError(
+            f"expected qkv [S, T, 3*H*D] whose last size divides by 3*H = {3 * heads}, got {qkv.shape[2]}; "
+            f"pass the heads that made qkv"
+        )
+    if scale is not None and not 0 < scale < float("inf"):
+        raise InputError(f"scale must be above 0 and finite, got {scale}; pass None for D ** -0.5")
+    for name, tables in (("key_tables", key_tables), ("value_tables", value_tables)):
+        _check_tables(name, tables, _head_dim(qkv, heads), qkv.device)
+
+
+def _check_tables(name: str, tables: tuple[Tensor, Tensor], head_dim: int, device: torch.device) -> None:
+    if len(tables) != 2:
+        raise InputError(f"expected {name} = (vertical, horizontal), got {len(tables)} tables")
+    for direction, table in zip(("vertical", "horizontal"), tables, strict=True):
+        good = table.dim() == 2 and table.shape[0] >= 2 and table.shape[0] % 2 == 0 and table.shape[1] == head_dim
+        if not good or not table.is_floating_point():
+            raise InputError(
+                f"expected the {direction} table of {name} as floating [2*L+2, D] with D = {head_dim}, "
+                f"got {table.dtype} {list(table.shape)}"
+            )
+        if table.device != device:
+            raise InputError(f"expected {name} on the device of qkv ({device}), got {table.device}; move them there")
