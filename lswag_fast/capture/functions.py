@@ -26,6 +26,7 @@ class Kind(Enum):
     BATCH_NORM = auto()
     ATTENTION = auto()  # no weights of its own; counted in multiply-adds
     COMPOSITE = auto()  # a Python function whose body is run under capture
+    LAYER_NORM = auto()  # looked at on the meta device only, where torch computes its shape slowly
 
 
 _ACTIVATIONS: dict[str, list[Callable[..., Any]]] = {
@@ -36,27 +37,28 @@ _ACTIVATIONS: dict[str, list[Callable[..., Any]]] = {
     "hardswish": [F.hardswish],
 }
 
+_MATMULS = [torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.addmm]
+_MATMULS += [Tensor.__matmul__, Tensor.__rmatmul__]
+_PRODUCTS = [torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.addbmm, Tensor.addbmm]
+_PRODUCTS += [torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.inner, Tensor.inner]
+_PRODUCTS += [torch.einsum, torch.tensordot, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear, torch.bilinear]
+_PRODUCTS += [torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d]
+
 KINDS: dict[Any, Kind] = {
     F.linear: Kind.LINEAR,
-    **dict.fromkeys(
-        [torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.addmm]
-        + [Tensor.__matmul__, Tensor.__rmatmul__],
-        Kind.MATMUL,
-    ),
+    **dict.fromkeys(_MATMULS, Kind.MATMUL),
     **dict.fromkeys([torch.conv1d, torch.conv2d], Kind.CONVOLUTION),
-    **dict.fromkeys(
-        [torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.addbmm, Tensor.addbmm, torch.mv, Tensor.mv]
-        + [torch.addmv, Tensor.addmv, torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.chain_matmul]
-        + [torch.linalg.multi_dot, F.bilinear, torch.bilinear, torch.conv3d, torch.conv_transpose1d]
-        + [torch.conv_transpose2d, torch.conv_transpose3d],
-        Kind.PRODUCT,
-    ),
-    **dict.fromkeys([f for names in _ACTIVATIONS.values() for f in names], Kind.ACTIVATION),
+    **dict.fromkeys(_PRODUCTS, Kind.PRODUCT),
+    **dict.fromkeys([f for functions in _ACTIVATIONS.values() for f in functions], Kind.ACTIVATION),
     **dict.fromkeys([F.batch_norm, torch.batch_norm], Kind.BATCH_NORM),
+    **dict.fromkeys([F.layer_norm, torch.layer_norm], Kind.LAYER_NORM),
     **dict.fromkeys([F.scaled_dot_product_attention, attention_op.relative_attention], Kind.ATTENTION),
     F.multi_head_attention_forward: Kind.COMPOSITE,
 }
 """Every function that is looked at; all others run as they are."""
+
+UNPLANNED = (None, Kind.BATCH_NORM, Kind.LAYER_NORM)
+"""Kinds of calls that a plan does not list."""
 
 _NAMES = {function: name for name, functions in _ACTIVATIONS.items() for function in functions}
 

@@ -19,16 +19,14 @@ Sink = Callable[[Tensor, Tensor], None]
 
 class _Linear(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, sink: Sink
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sink = sink
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.sink(x, grad)
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
@@ -36,7 +34,7 @@ class _Linear(Function):
 
 class _Convolution(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -52,7 +50,7 @@ class _Convolution(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.sink(x, grad)
         grad_x = None
@@ -64,9 +62,7 @@ class _Convolution(Function):
 
 class _Activation(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, pre: Tensor, kind: str, apply: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, pre: Tensor, kind: str, apply: Callable[[Tensor], Tensor]) -> Tensor:
         post = apply(pre.detach())
         ctx.kind = kind  # type: ignore[attr-defined]
         ctx.save_for_backward(post if kind == "relu" else pre)
@@ -74,7 +70,7 @@ class _Activation(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
         return _ACTIVATION_BACKWARD[ctx.kind](grad, saved), None, None
 
@@ -91,18 +87,18 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, sink: Sink) -> Tensor:
-    """Returns linear(x, weight, bias); its backward pass calls `sink` and computes no weight gradient.
+    """Applies a linear map to x [..., I]; the backward pass calls `sink` and computes no weight gradient.
 
     `anchor` is a tensor that requires a gradient: it puts the operation on the graph where nothing else does.
     """
-    return _Linear.apply(x, weight, bias, anchor, sink)  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, bias, anchor, sink)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def convolution(call: ConvolutionCall, anchor: Tensor, sink: Sink) -> Tensor:
     """Returns the convolution of `call`, under the same rule as `linear`."""
-    return _Convolution.apply(call.x, call.weight, call.bias, anchor, sink, call)  # type: ignore[no-any-return]
+    return _Convolution.apply(call.x, call.weight, call.bias, anchor, sink, call)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def activation(pre: Tensor, kind: str, apply: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns apply(pre), which computes the activation `kind`, differentiably."""
-    return _Activation.apply(pre, kind, apply)  # type: ignore[no-any-return]
+    return _Activation.apply(pre, kind, apply)  # type: ignore[no-any-return,no-untyped-call]

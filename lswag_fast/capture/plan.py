@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
 from .functions import Kind
 from .samples import SampleAxis
 
@@ -67,6 +68,10 @@ class Plan:
         """
         for position, layer in enumerate(self.layers):
             layer.kept = keep(position)
-        for i, action in enumerate(self.actions):
-            if isinstance(action, Use) and not self.layers[action.layer].kept:
-                self.actions[i] = None
+        self.drop_uses(lambda layer: not layer.kept)
+
+    def drop_uses(self, drop: Callable[[Layer], bool]) -> None:
+        """Takes the uses of some layers out of the fused path."""
+        self.actions = [
+            None if isinstance(action, Use) and drop(self.layers[action.layer]) else action for action in self.actions
+        ]

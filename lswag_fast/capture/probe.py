@@ -33,7 +33,7 @@ def probe(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Calla
             module.training = False
         with mode:
             losses = loss(sandbox(images.to(sandbox.dtype)), labels)
-        losses[0].backward()
+        torch.autograd.backward(losses[0])
     finally:
         for module in training:
             module.training = True
@@ -47,9 +47,7 @@ def probe(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Calla
             plan.layers[action.layer].slow_reason = "the order of samples on a folded axis cannot be told"
         else:
             plan.actions[action.call] = replace(action, axis=None)
-    for i, action in enumerate(plan.actions):
-        if isinstance(action, Use) and not plan.layers[action.layer].fused:
-            plan.actions[i] = None
+    plan.drop_uses(lambda layer: not layer.fused)
     plan.activations = [a for a in plan.actions if isinstance(a, Activation)]
 
 
@@ -83,5 +81,5 @@ class _Probe(CaptureMode):
         if axis is not None and post.requires_grad:
             # Multiplying by one gives the activation a node of its own, also where it was computed in place.
             post = post * torch.ones((), dtype=post.dtype)
-            post.register_hook(lambda grad: self._note(action.call, axis, grad))
+            post.register_hook(lambda grad: self._note(action.call, axis, grad))  # type: ignore[no-untyped-call]
         return post

@@ -71,7 +71,7 @@ class Provenance:
         return self._of_leaf(tensor)
 
     def rearranged(self, tensor: Tensor) -> str | None:
-        """Returns the parameter whose entries `tensor` holds, each at most once, moved or cast but not computed with."""
+        """Returns the parameter whose entries `tensor` holds, each at most once, moved or cast but nothing more."""
         node: Any = tensor.grad_fn
         while node is not None and not hasattr(node, "variable"):
             if not node.name().startswith(_REARRANGEMENTS):

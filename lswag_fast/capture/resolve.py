@@ -140,7 +140,7 @@ class _Resolver:
                 return "the samples are not on the first axis of a convolution's input"
             oriented = call.geometry
             if len(layer.calls) > 1:
-                if oriented is None or call.kind is Kind.CONVOLUTION and base not in (None, oriented):
+                if oriented is None or (call.kind is Kind.CONVOLUTION and base not in (None, oriented)):
                     return "used more than once, not always as the same view"
                 if base is not None and oriented != base:
                     if _transposed(oriented) != base:

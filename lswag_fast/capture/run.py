@@ -63,7 +63,7 @@ class CaptureMode(TorchFunctionMode):
         """Runs `func` as the plan says."""
         kwargs = kwargs or {}
         kind = fn.KINDS.get(func)
-        if kind is None or kind is Kind.BATCH_NORM:
+        if kind is None or kind in fn.UNPLANNED:
             return func(*args, **kwargs)
         if kind is Kind.COMPOSITE:
             with self:
@@ -157,7 +157,7 @@ def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, g
             losses = _losses(sandbox(images), labels, loss)
         expected = {action.layer for action in plan.actions if isinstance(action, Use)}
         if expected:
-            losses.sum().backward()
+            torch.autograd.backward(losses.sum())
         del losses
         for missing in expected - mode.delivered:
             plan.layers[missing].slow_reason = "the backward pass did not reach every use of it"

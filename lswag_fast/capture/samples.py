@@ -21,9 +21,12 @@ class SampleAxis:
         """Returns a view of `tensor` as [S, ...]; the folded axis, if any, comes second."""
         if self.factor == 1:
             return tensor.movedim(self.axis, 0)
+        shape, axis = tensor.shape, self.axis
         if self.sample_major:
-            return tensor.unflatten(self.axis, (samples, self.factor)).movedim((self.axis, self.axis + 1), (0, 1))
-        return tensor.unflatten(self.axis, (self.factor, samples)).movedim((self.axis + 1, self.axis), (0, 1))
+            unfolded = tensor.reshape(*shape[:axis], samples, self.factor, *shape[axis + 1 :])
+            return unfolded.movedim((axis, axis + 1), (0, 1))
+        unfolded = tensor.reshape(*shape[:axis], self.factor, samples, *shape[axis + 1 :])
+        return unfolded.movedim((axis + 1, axis), (0, 1))
 
     def interleaved(self) -> SampleAxis:
         """Returns this axis with the samples alternating on it instead."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import InputError
+
+# torch.utils.deterministic is an object with properties, which type checkers take for a plain module.
+_deterministic: Any = import_module("torch.utils.deterministic")
 
 
 class Sandbox:
@@ -82,18 +85,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     python_rng, cpu_rng = random.getstate(), torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = _deterministic.fill_uninitialized_memory
     try:
         for module, _ in modes:
             if not isinstance(module, _NormBase):
                 module.training = False
         torch.set_float32_matmul_precision("highest")
         # Filling fresh memory with NaN is part of deterministic mode, and would cost a pass over every tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+        _deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             yield
@@ -101,7 +104,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        _deterministic.fill_uninitialized_memory = fill
         torch.set_float32_matmul_precision(precision)
         random.setstate(python_rng)
         torch.set_rng_state(cpu_rng)

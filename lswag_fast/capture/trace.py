@@ -18,6 +18,7 @@ from .provenance import Provenance
 from .resolve import resolve
 from .samples import TRACE_BATCHES
 from .sandbox import Sandbox
+from .shapes import compute
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -79,9 +80,9 @@ class Tracer(TorchFunctionMode):
         if kind is Kind.COMPOSITE:
             with self:
                 return fn.run_body(func, args, kwargs)
-        if kind is Kind.BATCH_NORM:
-            self.coupled |= fn.batch_norm_uses_batch(func, args, kwargs)
-            return func(*args, **kwargs)
+        if kind in fn.UNPLANNED:
+            self.coupled |= kind is Kind.BATCH_NORM and fn.batch_norm_uses_batch(func, args, kwargs)
+            return compute(kind, func, args, kwargs)
         call = Call(kind)
         out = self._run(call, func, args, kwargs)
         self.calls.append(call)
@@ -95,7 +96,7 @@ class Tracer(TorchFunctionMode):
             return self._matmul(call, func, args, kwargs)
         if call.kind is Kind.CONVOLUTION:
             return self._convolution(call, func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = compute(call.kind, func, args, kwargs)
         if call.kind is Kind.ACTIVATION:
             call.activation, pre, _ = fn.activation_kind(func, args, kwargs)
             call.shape = tuple(pre.shape)
@@ -109,7 +110,8 @@ class Tracer(TorchFunctionMode):
     def _linear(self, call: Call, product: fn.Product) -> Tensor:
         weight = self._weight(call, product.weight, product.x)
         call.shape = tuple(product.x.shape)
-        out = torch.nn.functional.linear(product.x, weight, product.bias)
+        linear = torch.nn.functional.linear
+        out: Tensor = compute(Kind.LINEAR, linear, (product.x, weight, product.bias), {})
         call.node = out.grad_fn
         return out.transpose(-1, -2) if product.transposed else out
 
@@ -184,8 +186,8 @@ class ShapeTracer(TorchFunctionMode):
         """Runs `func`, recording shapes."""
         kwargs = kwargs or {}
         kind = fn.KINDS.get(func)
-        if kind is None or kind is Kind.BATCH_NORM:
-            return func(*args, **kwargs)
+        if kind is None or kind in fn.UNPLANNED:
+            return compute(kind, func, args, kwargs)
         if kind is Kind.COMPOSITE:
             with self:
                 return fn.run_body(func, args, kwargs)
@@ -203,7 +205,7 @@ class ShapeTracer(TorchFunctionMode):
             call.shape = tuple(fn.activation_kind(func, args, kwargs)[1].shape)
         if before.operand_shapes:
             call.operand_shapes = [tuple(t.shape) for t in fn.tensors_in((args, kwargs))]
-        out = func(*args, **kwargs)
+        out = compute(kind, func, args, kwargs)
         self.calls.append(call)
         self.multiply_adds += fn.multiply_adds(kind, func, args, kwargs, out)
         return out
