@@ -52,13 +52,14 @@ class Provenance:
 
     def __init__(self, leaves: dict[str, Tensor], images: Tensor) -> None:
         self._leaves = leaves
-        self._names = {id(leaf): name for name, leaf in leaves.items()}
+        # By storage, which also knows the views that were taken where autograd does not record.
+        self._names = {leaf.untyped_storage()._cdata: name for name, leaf in leaves.items()}
         self._images = images
         self._memo: dict[Any, Source] = {}
 
     def name(self, tensor: Tensor) -> str | None:
-        """Returns the name of the parameter that `tensor` itself is, if it is one."""
-        return self._names.get(id(tensor))
+        """Returns the name of the parameter that `tensor` is, or is a view of, if it is one."""
+        return self._names.get(tensor.untyped_storage()._cdata)
 
     def leaf(self, name: str) -> Tensor:
         """Returns the leaf that stands for the parameter of this name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import InputError
 from .functions import Kind
 from .plan import Activation, Layer, Plan, Use
-from .samples import TRACE_BATCHES, SampleAxis, find_axis
+from .samples import SHARED, TRACE_BATCHES, SampleAxis, find_axis
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
@@ -113,10 +114,12 @@ class _Resolver:
         if not call.operands:
             return {}
         others = self._second.calls[index].operand_shapes
-        if call.kind is Kind.PRODUCT and not any(shape in others for shape in call.operand_shapes):
-            return {}
-        shapes = {n: self._sandbox.originals[n].shape for n in call.operands}
-        return {n: r for n, r in call.operands.items() if shapes[n].numel() > max(shapes[n], default=1)}
+        found = {}
+        for name, (reason, shape) in call.operands.items():
+            full = self._sandbox.originals[name].shape
+            if shape in others and full.numel() > max(full, default=1):
+                found[name] = reason
+        return found
 
     def _is_hidden(self, call: Call) -> bool:
         return call.node is None or call.node not in self._reached_nodes
@@ -160,17 +163,10 @@ class _Resolver:
         assert call.shape is not None
         assert other is not None
         assert call.activation is not None
-        axis = find_axis((call.shape, other))
-        numel = 1
-        for n in call.shape:
-            numel *= n
-        return Activation(
-            index,
-            call.activation,
-            last_layer,
-            numel // TRACE_BATCHES[0],
-            axis if isinstance(axis, SampleAxis) else None,
-        )
+        found = SHARED if call.shape == other else find_axis((call.shape, other))
+        axis = found if isinstance(found, SampleAxis) else None
+        positions = math.prod(call.shape) // (1 if axis is SHARED else TRACE_BATCHES[0])
+        return Activation(index, call.activation, last_layer, positions, axis)
 
 
 def _transposed(geometry: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -104,11 +104,8 @@ class CaptureMode(TorchFunctionMode):
             out: Tensor = func(*args, **kwargs)
             return out
         axis = action.axis
-        if self._fused and not inplace and axis.axis == 0 and axis.sample_major and pre.is_contiguous():
-            shape = (self._samples, -1)
-            return intercept.activation(
-                pre, kind, lambda x: self._consumer.activate(action, x.view(shape), kind).view(x.shape)
-            )
+        if self._fused and not inplace and axis.axis == 0 and axis.factor == 1:
+            return intercept.activation(pre, kind, lambda x: self._consumer.activate(action, x, kind))
         post: Tensor = func(*args, **kwargs)
         self._consumer.activated(action, axis.split(post.detach(), self._samples), self._first_sample)
         return post

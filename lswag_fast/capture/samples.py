@@ -14,11 +14,13 @@ class SampleAxis:
     """The axis that grows with the batch, and how many entries each sample has on it."""
 
     axis: int
-    factor: int  # entries a sample; above 1 where another axis is folded into this one
+    factor: int  # entries a sample; above 1 where another axis is folded into this one, 0 where all samples share them
     sample_major: bool = True  # the entries of one sample lie together; unknown until probed where factor > 1
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
         """Returns a view of `tensor` as [S, ...]; the folded axis, if any, comes second."""
+        if self.factor == 0:
+            return tensor.expand(samples, *tensor.shape)
         if self.factor == 1:
             return tensor.movedim(self.axis, 0)
         shape, axis = tensor.shape, self.axis
@@ -31,6 +33,10 @@ class SampleAxis:
     def interleaved(self) -> SampleAxis:
         """Returns this axis with the samples alternating on it instead."""
         return replace(self, sample_major=False)
+
+
+SHARED = SampleAxis(0, 0)
+"""A tensor that does not depend on the batch: every sample has all of it."""
 
 
 def find_axis(shapes: tuple[tuple[int, ...], tuple[int, ...]], channel_axis: int | None = None) -> SampleAxis | str:

@@ -34,7 +34,8 @@ class Call:
     geometry: tuple[Any, ...] | None = None  # (offset, shape, strides) of a weight that is a view; None: a copy
     channel_axis: int = -1
     symmetric: bool = True
-    operands: dict[str, str] = field(default_factory=dict)  # parameters that only the slow path covers -> why
+    # Parameters that only the slow path covers here: why, and the shape of the operand they were found in.
+    operands: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     operand_shapes: list[tuple[int, ...]] = field(default_factory=list)
     node: Any = None  # of the result
     activation: str | None = None
@@ -167,8 +168,7 @@ class Tracer(TorchFunctionMode):
         names = source.weights | (source.tables if lookups else frozenset())
         if source.samples or not names:
             return
-        call.operand_shapes.append(tuple(operand.shape))
-        call.operands.update(dict.fromkeys(sorted(names), reason))
+        call.operands.update(dict.fromkeys(sorted(names), (reason, tuple(operand.shape))))
 
 
 class ShapeTracer(TorchFunctionMode):
@@ -203,7 +203,7 @@ class ShapeTracer(TorchFunctionMode):
             call.shape = tuple(conv.x.shape) if conv.x.dim() == conv.weight.dim() else None
         elif kind is Kind.ACTIVATION:
             call.shape = tuple(fn.activation_kind(func, args, kwargs)[1].shape)
-        if before.operand_shapes:
+        if before.operands:
             call.operand_shapes = [tuple(t.shape) for t in fn.tensors_in((args, kwargs))]
         out = compute(kind, func, args, kwargs)
         self.calls.append(call)

@@ -105,8 +105,9 @@ class LswagStatistics:
         return here <= last and (here >= first or not self._options.patterns_inside_window)
 
     def activate(self, activation: Activation, pre: Tensor, kind: str) -> Tensor:
-        """Computes an activation of pre [S, P] and packs the signs of its values in the same pass."""
-        post, self._words[activation.call] = activate_and_pack(pre, kind, samples=self._pattern_samples)
+        """Computes an activation of pre [S, ...] and packs the signs of its values in the same pass."""
+        post, words = activate_and_pack(pre, kind, samples=self._pattern_samples)
+        self._words[activation.call] = words
         return post
 
     def activated(self, activation: Activation, post: Tensor, first_sample: int) -> None:
