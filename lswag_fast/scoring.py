@@ -99,7 +99,7 @@ def score(
             resolved = options.resolved(samples, coupled=True)
         if isinstance(loss_or_default, CrossEntropy):
             labels = class_labels(labels, samples, loss_or_default.classes, seed)
-        probe(plan, sandbox, take(images, 2), take(labels, 2), loss_or_default)
+        probe(plan, sandbox, take(images, 2))
         plan.restrict(lambda i: window[0] <= percentile(i + 1, len(plan.layers)) <= window[1])
         statistics = LswagStatistics(plan, resolved, samples)
         assert resolved.groups is not None

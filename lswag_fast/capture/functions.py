@@ -133,6 +133,18 @@ def convolution_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Conv
     )
 
 
+def input_of(kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight_on_right: bool) -> Tensor:
+    """Returns the input [..., I] or [S, C, ...] of a product, or the pre-activation, of a call that a plan follows."""
+    if kind is Kind.LINEAR:
+        return linear_arguments(args, kwargs).x
+    if kind is Kind.CONVOLUTION:
+        return convolution_arguments(args, kwargs).x
+    if kind is Kind.ACTIVATION:
+        return activation_kind(func, args, kwargs)[1]
+    left, right, _ = matmul_operands(func, args, kwargs)
+    return left if weight_on_right else right.transpose(-1, -2)
+
+
 def activation_kind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor, bool]:
     """Returns (kind, pre-activation, in place) of a call of an activation function."""
     name = _NAMES[func]

@@ -73,6 +73,9 @@ class CaptureMode(TorchFunctionMode):
             return self._activation(action, func, args, kwargs)
         if not isinstance(action, Use) or not self._fused:
             return func(*args, **kwargs)
+        return self._product(action, kind, func, args, kwargs)
+
+    def _product(self, action: Use, kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if kind is Kind.CONVOLUTION:
             call = fn.convolution_arguments(args, kwargs)
             geometry = _convolution(call)

@@ -134,9 +134,8 @@ class Tracer(TorchFunctionMode):
     def _convolution(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         conv = fn.convolution_arguments(args, kwargs)
         weight = self._weight(call, conv.weight, conv.x)
-        call.shape, call.channel_axis, call.symmetric = tuple(conv.x.shape), 1, conv.symmetric
-        if conv.x.dim() != conv.weight.dim():
-            call.shape = None
+        call.shape, call.symmetric = tuple(conv.x.shape), conv.symmetric
+        call.channel_axis = conv.x.dim() - conv.weight.dim() + 1  # a single image has no axis before its channels
         positional = (conv.x, weight, *args[2:]) if len(args) > 1 else (conv.x,)
         named = {k: v for k, v in kwargs.items() if k != "input"}
         if "weight" in named:
@@ -193,16 +192,8 @@ class ShapeTracer(TorchFunctionMode):
                 return fn.run_body(func, args, kwargs)
         call = Call(kind)
         before = self._first[len(self.calls)] if len(self.calls) < len(self._first) else Call(kind)
-        if kind is Kind.LINEAR:
-            call.shape = tuple(fn.linear_arguments(args, kwargs).x.shape)
-        elif kind is Kind.MATMUL and before.weight is not None:
-            product = fn.as_linear(*fn.matmul_operands(func, args, kwargs), before.weight_on_right)
-            call.shape = tuple(product.x.shape) if product is not None else None
-        elif kind is Kind.CONVOLUTION:
-            conv = fn.convolution_arguments(args, kwargs)
-            call.shape = tuple(conv.x.shape) if conv.x.dim() == conv.weight.dim() else None
-        elif kind is Kind.ACTIVATION:
-            call.shape = tuple(fn.activation_kind(func, args, kwargs)[1].shape)
+        if kind in (Kind.LINEAR, Kind.CONVOLUTION, Kind.ACTIVATION) or before.weight is not None:
+            call.shape = tuple(fn.input_of(kind, func, args, kwargs, before.weight_on_right).shape)
         if before.operands:
             call.operand_shapes = [tuple(t.shape) for t in fn.tensors_in((args, kwargs))]
         out = compute(kind, func, args, kwargs)

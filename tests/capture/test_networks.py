@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import networks
 import pytest
 import torch
 from networks import CLASSES, IMAGE
 from torch import nn
 
 import lswag_fast
-import networks
 from lswag_fast import reference
 
 FUSED: dict[str, list[str]] = {
