@@ -55,14 +55,7 @@ def torchvision_vit() -> nn.Module:
     return model
 
 
-TIMM_def torchvision_vit() -> nn.Module:
-    settings = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 24, "mlp_dim": 48}
-    model: nn.Module = pytest.importorskip("torchvision.models").VisionTransformer(num_classes=10, **settings)
-    nn.init.normal_(model.heads.head.weight, std=0.1)  # zero at first, which leaves every other layer no gradient
-    return model
-
-
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+TIMM_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "torchvision resnet18": (torchvision_model("resnet18"), 64, "eval"),
     "torchvision resnet18 training": (torchvision_model("resnet18"), 64, "train"),
