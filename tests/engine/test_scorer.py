@@ -60,11 +60,12 @@ class CountingScore:
     def __init__(self) -> None:
         self.calls: list[int] = []
         self.seconds = 0.0
+        self.slow_from = 0
         self.errors: dict[int, BaseException] = {}
 
     def __call__(self, model: Any, *_: Any, **__: Any) -> LswagResult:
         self.calls.append(model.n)
-        if self.seconds:
+        if self.seconds and model.n >= self.slow_from:
             time.sleep(self.seconds)
         if model.n in self.errors:
             raise self.errors[model.n]
@@ -218,11 +219,11 @@ def test_score_that_is_not_a_number_fails(counted: CountingScore, monkeypatch: p
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), InputError("no such loss")])
 def test_what_was_finished_before_a_stop_is_kept(counted: CountingScore, tmp_path: Path, stop: BaseException) -> None:
-    counted.errors = {7: stop}
+    counted.errors = {10: stop}  # in the middle of a batch
     with scorer(tmp_path / "s.db") as scoring, pytest.raises(type(stop)):
-        list(scoring.score(numbers(*range(10))))
+        list(scoring.score(numbers(*range(20))))
     with Store(tmp_path / "s.db", read_only=True) as store:
-        assert [r.arch["n"] for r in store.records()] == list(range(7))
+        assert [r.arch["n"] for r in store.records()] == list(range(10))
 
 
 def test_candidate_outside_the_space_is_named_by_its_place(counted: CountingScore) -> None:
@@ -253,6 +254,16 @@ def test_slow_candidates_are_committed_one_by_one(counted: CountingScore, monkey
         for done, _ in enumerate(scoring.score(stream()), start=1):
             assert read <= done + 2
             assert len(counted.calls) <= done + 1
+
+
+def test_candidates_that_turn_slow_are_still_committed_in_time(
+    counted: CountingScore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer_module, "COMMIT_SECONDS", 0.05)
+    counted.seconds, counted.slow_from = 0.02, 300
+    with scorer() as scoring:
+        for done, _ in enumerate(scoring.score(numbers(*range(330))), start=1):
+            assert done <= 300 or len(counted.calls) <= done + 10
 
 
 def test_memory_is_flat_over_a_long_stream(counted: CountingScore) -> None:
