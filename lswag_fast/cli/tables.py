@@ -1,0 +1,125 @@
+"""What the commands print for people: rankings, search spaces and checks; and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InputError
+from ..records import Record
+from ..store import Run, Store
+
+_WIDTH_IN_A_PIPE = 160
+
+
+def show_top(store: Path, n: int, context: str, *, as_json: bool) -> None:
+    """Prints the `n` best candidates of the settings whose id begins with `context`, the newest by default."""
+    with Store(store, read_only=True) as opened:
+        by_context = {run.context: run for run in opened.runs() if run.candidates}
+        chosen = [run for run in by_context.values() if run.context.startswith(context)]
+        if not chosen:
+            raise InputError(f"{store} holds no scores{f' with settings {context}' if context else ''}")
+        if context and len(chosen) > 1:
+            raise InputError(f"{len(chosen)} settings begin with {context}; give more characters of the id")
+        best = opened.top(n, chosen[-1].context)
+    if as_json:
+        for record in best:
+            print(json.dumps(record.to_dict(layers=False)))
+        return
+    ranking(best)
+    if len(by_context) > 1:
+        print("The store holds several settings, whose scores are not comparable; choose with --context:")
+        for run in by_context.values():
+            print(f"  {_settings(run)}{'  (shown)' if run is chosen[-1] else ''}")
+
+
+def ranking(records: Sequence[Record]) -> None:
+    """Prints records as a ranked table on stdout."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("rank", "L-SWAG", "Lambda", "Psi", "parameters", "multiply-adds", "saturation"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("arch", overflow="fold")
+    for rank, r in enumerate(records, start=1):
+        counts, saturation = r.counts, r.pattern_saturation
+        if counts is None or saturation is None:
+            continue
+        table.add_row(
+            *(str(rank), f"{r.lswag:.6g}", f"{r.trainability:.6g}", str(r.expressivity)),
+            *(f"{counts.parameters / 1e6:.2f} M", f"{counts.multiply_adds / 1e9:.3f} G"),
+            *(f"{saturation.ratio:.3f}", short_arch(r.arch)),
+        )
+    _console().print(table)
+
+
+def short_arch(arch: Mapping[str, Any]) -> str:
+    """Returns an arch on one short line: a list of digits without commas, n equal entries of another one as entry*n."""
+    return " ".join(f"{name}={_short(value)}" for name, value in arch.items())
+
+
+def show_spaces(*, as_json: bool) -> None:
+    """Prints every search space with its size and the range of its candidates."""
+    from .. import spaces
+
+    rows = [_described(spaces.get(name)) for name in spaces.names()]
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("space", "candidates", "parameters", "multiply-adds", "options"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        low, high = row["parameters"]
+        least, most = row["multiply_adds"]
+        options = short_arch(row["options"])
+        parameters, macs = f"{low / 1e6:.1f} to {high / 1e6:.1f} M", f"{least / 1e9:.2f} to {most / 1e9:.2f} G"
+        table.add_row(row["name"], f"{row['candidates']:.3g}", parameters, macs, options)
+    _console().print(table)
+
+
+def show_checks(*, as_json: bool) -> int:
+    """Prints what works here; returns 1 where nothing can be scored at all, else 0."""
+    from ..doctor import checks
+
+    found = checks()
+    for check in found:
+        if as_json:
+            print(json.dumps(check.__dict__))
+        else:
+            print(f"{'ok' if check.ok else '--':3} {check.name:<12} {check.detail}")
+    return 0 if any(check.ok for check in found if check.kind == "backend") else 1
+
+
+def _described(space: Any) -> dict[str, Any]:
+    sampled = list(space.sample(200, seed=0))
+    counts = {"parameters": [space.params(a) for a in sampled], "multiply_adds": [space.macs(a) for a in sampled]}
+    ranges = {name: (min(values), max(values)) for name, values in counts.items()}
+    options = {name: value for name, value in space.options.items() if name != "name"}
+    return {"name": space.name, "candidates": space.size, **ranges, "options": options}
+
+
+def _settings(run: Run) -> str:
+    kept = {name: run.metadata.get("options", {}).get(name) for name in ("dtype", "groups", "window", "seed")}
+    space = run.metadata.get("space", {}).get("name")
+    images = run.metadata.get("notes", {}).get("images", "")
+    return f"{run.context[:8]}  {space}  S = {run.metadata.get('samples')}  {short_arch(kept)}  {images}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        if all(isinstance(entry, int) and 0 <= entry <= 9 for entry in value):
+            return "".join(map(str, value))
+        runs = ((entry, len(list(equal))) for entry, equal in groupby(value))
+        return ",".join(f"{entry:g}*{n}" if n > 1 else f"{entry:g}" for entry, n in runs)
+    return str(value)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=_WIDTH_IN_A_PIPE)

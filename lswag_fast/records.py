@@ -1,0 +1,124 @@
+"""One scored candidate as it is kept: the record, and its form as a row of a score store."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, Literal
+
+from .proxies.lswag import Counts, LayerRow, LswagResult, PatternSaturation
+
+Status = Literal["ok", "error"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One candidate of a score store: what was scored, and its score or the reason why there is none.
+
+    Every field between `error` and `seconds` is None or empty where `status` is "error"; their meaning is that of
+    :class:`lswag_fast.LswagResult`. Floats of `layers` hold nine significant digits.
+    """
+
+    key: str  # sha256, in hexadecimal, of everything the score depends on
+    arch: dict[str, Any]
+    status: Status
+    error: str | None = None
+    lswag: float | None = None
+    trainability: float | None = None
+    expressivity: int | None = None
+    pattern_saturation: PatternSaturation | None = None
+    counts: Counts | None = None
+    layers: tuple[LayerRow, ...] = ()
+    patterns_by_activation: tuple[int, ...] | None = None
+    uncovered: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    recorded: float = 0.0  # seconds since 1970
+    run: int = 0  # the run of the store that recorded it
+    reused: bool = False  # True where it was in the store already
+
+    @staticmethod
+    def of(key: str, arch: Mapping[str, Any], result: LswagResult) -> Record:
+        """Returns the record of a result; a score that is NaN or infinite becomes an error."""
+        if not (math.isfinite(result.lswag) and math.isfinite(result.trainability)):
+            error = f"the score is not finite: lswag {result.lswag}, trainability {result.trainability}"
+            return Record(key, dict(arch), "error", error, warnings=result.warnings, seconds=result.seconds)
+        taken = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "options"}
+        return Record(key, dict(arch), "ok", **taken)
+
+    def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
+        """Returns the record as plain values that JSON can hold."""
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        if not layers:
+            del plain["layers"]
+        return plain
+
+
+COLUMNS = (
+    "key, run, status, error, arch, lswag, trainability, expressivity, saturation, saturation_bound, parameters, "
+    "multiply_adds, sum_log_numel, positions, seconds, recorded, warnings, uncovered, patterns_by_activation, layers"
+)
+"""The columns of a row, in order; `layers` is last, so that a scan without it never reads its pages."""
+
+
+def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
+    """Returns the row, in the order of `COLUMNS`, that `record` is kept as."""
+    saturation = record.pattern_saturation
+    by_activation = record.patterns_by_activation
+    counts = astuple(record.counts) if record.counts else (None,) * len(fields(Counts))
+    return (
+        *(record.key, run, record.status, record.error, _json(record.arch)),
+        *(record.lswag, record.trainability, record.expressivity),
+        *((saturation.ratio, saturation.bound) if saturation else (None, None)),
+        *counts,
+        *(record.seconds, recorded, _json(record.warnings), _json(record.uncovered)),
+        *(None if by_activation is None else _json(by_activation), _json(_by_column(record.layers))),
+    )
+
+
+def decode(row: Sequence[Any], *, reused: bool) -> Record:
+    """Returns the record that a row in the order of `COLUMNS` (with or without `layers`) holds."""
+    ok = row[2] == "ok"
+    layers = json.loads(row[19]) if len(row) > 19 else {}
+    return Record(
+        key=row[0],
+        run=row[1],
+        status=row[2],
+        error=row[3],
+        arch=json.loads(row[4]),
+        lswag=row[5],
+        trainability=row[6],
+        expressivity=row[7],
+        pattern_saturation=PatternSaturation(row[8], row[9]) if ok else None,
+        counts=Counts(*row[10:14]) if ok else None,
+        seconds=row[14],
+        recorded=row[15],
+        warnings=tuple(json.loads(row[16])),
+        uncovered=tuple(json.loads(row[17])),
+        patterns_by_activation=None if row[18] is None else tuple(json.loads(row[18])),
+        layers=tuple(LayerRow(**dict(zip(layers, row, strict=True))) for row in zip(*layers.values(), strict=True)),
+        reused=reused,
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _by_column(layers: Sequence[LayerRow]) -> dict[str, list[Any]]:
+    """Layers column by column: the names of the fields are written once instead of once a layer."""
+    if not layers:
+        return {}
+    return {f.name: [_shortened(getattr(row, f.name)) for row in layers] for f in fields(LayerRow)}
+
+
+def _shortened(value: Any) -> Any:
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Counts | PatternSaturation | LayerRow):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
