@@ -1,5 +1,62 @@
+from collections.abc import Sequence
+from typing import Any
+
 def cpu_paths() -> list[str]: ...
 def cpu_path() -> str: ...
 def cpu_has_bf16() -> bool: ...
 def build_info() -> str: ...
 def cuda_kernels() -> bool: ...
+def relative_attention_forward_bytes(
+    qkv: Any, tables: Sequence[Any], layout: tuple[int, int, int], threads: int, /
+) -> int: ...
+def relative_attention_backward_bytes(
+    qkv: Any, tables: Sequence[Any], layout: tuple[int, int, int], threads: int, table_grads: bool, /
+) -> int: ...
+def relative_attention_forward(
+    qkv: Any,
+    tables: Sequence[Any],
+    layout: tuple[int, int, int],
+    scale: float,
+    threads: int,
+    out: Any,
+    softmax: Any,
+    workspace: Any,
+    /,
+) -> None: ...
+def relative_attention_backward(
+    qkv: Any,
+    tables: Sequence[Any],
+    layout: tuple[int, int, int],
+    scale: float,
+    threads: int,
+    softmax: Any,
+    grad_out: Any,
+    grad_qkv: Any,
+    table_grads: Sequence[Any],
+    workspace: Any,
+    /,
+) -> None: ...
+
+class GradientMoments:
+    def __init__(
+        self,
+        inputs: Sequence[Any],
+        output_grads: Sequence[Any],
+        groups: int,
+        convolution: tuple[int, ...] | None,
+        signed: bool,
+        threads: int,
+    ) -> None: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def depthwise(self) -> bool: ...
+    @property
+    def taps_first(self) -> bool: ...
+    def run(self, workspace: Any, maps: Sequence[Any]) -> tuple[tuple[float, ...], int]: ...
+
+def moments_state_size(numel: int, signed: bool) -> int: ...
+def accumulate_moments(gradient: Any, group: int, signed: bool, threads: int, state: Any) -> None: ...
+def finish_moments(
+    state: Any, numel: int, groups: int, signed: bool, maps: Sequence[Any]
+) -> tuple[tuple[float, ...], int]: ...

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class StoreError(RuntimeError):
     """A score store cannot be opened, read or written; the message says what to do."""
+
+
+class ScoreError(RuntimeError):
+    """A candidate could not be scored (its loss is not finite, it has no weights); the message says why."""

@@ -31,7 +31,7 @@ class Record:
     pattern_saturation: PatternSaturation | None = None
     counts: Counts | None = None
     layers: tuple[LayerRow, ...] = ()
-    patterns_by_activation: tuple[int, ...] = ()
+    patterns_by_activation: tuple[int, ...] | None = None
     uncovered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -66,6 +66,7 @@ COLUMNS = (
 def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
     """Returns the row, in the order of `COLUMNS`, that `record` is kept as."""
     saturation = record.pattern_saturation
+    by_activation = record.patterns_by_activation
     counts = astuple(record.counts) if record.counts else (None,) * len(fields(Counts))
     return (
         *(record.key, run, record.status, record.error, _json(record.arch)),
@@ -73,7 +74,7 @@ def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
         *((saturation.ratio, saturation.bound) if saturation else (None, None)),
         *counts,
         *(record.seconds, recorded, _json(record.warnings), _json(record.uncovered)),
-        *(_json(record.patterns_by_activation), _json(_by_column(record.layers))),
+        *(None if by_activation is None else _json(by_activation), _json(_by_column(record.layers))),
     )
 
 
@@ -96,15 +97,10 @@ def decode(row: Sequence[Any], *, reused: bool) -> Record:
         recorded=row[15],
         warnings=tuple(json.loads(row[16])),
         uncovered=tuple(json.loads(row[17])),
-        patterns_by_activation=tuple(json.loads(row[18])),
-        layers=tuple(LayerRow(*values) for values in zip(*layers.values(), strict=True)),
+        patterns_by_activation=None if row[18] is None else tuple(json.loads(row[18])),
+        layers=tuple(LayerRow(**dict(zip(layers, row, strict=True))) for row in zip(*layers.values(), strict=True)),
         reused=reused,
     )
-
-
-def as_stored(record: Record, run: int, recorded: float) -> Record:
-    """Returns `record` exactly as a store gives it back later."""
-    return decode(encode(record, run, recorded), reused=False)
 
 
 def _json(value: Any) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StoreError
-from .records import COLUMNS, Record, as_stored, decode, encode
+from .records import COLUMNS, Record, decode, encode
 
 SCHEMA_VERSION = 1
 REMOTE_CLAIM_SECONDS = 300.0
@@ -41,7 +41,7 @@ CREATE TABLE records (
     key TEXT PRIMARY KEY, run INTEGER NOT NULL REFERENCES runs (id), status TEXT NOT NULL, error TEXT,
     arch TEXT NOT NULL, lswag REAL, trainability REAL, expressivity INTEGER, saturation REAL, saturation_bound TEXT,
     parameters INTEGER, multiply_adds INTEGER, sum_log_numel REAL, positions INTEGER, seconds REAL NOT NULL,
-    recorded REAL NOT NULL, warnings TEXT NOT NULL, uncovered TEXT NOT NULL, patterns_by_activation TEXT NOT NULL,
+    recorded REAL NOT NULL, warnings TEXT NOT NULL, uncovered TEXT NOT NULL, patterns_by_activation TEXT,
     layers TEXT NOT NULL);
 CREATE INDEX records_by_score ON records (lswag) WHERE status = 'ok';
 CREATE TABLE claims (
@@ -161,10 +161,11 @@ class Store:
             f"UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS.split(', '))} WHERE status = 'error'"
         )
         with self._writing(durable=True) as execute:
-            ours = {r.key for r in records if execute(upsert, encode(r, run, now)).rowcount == 1}
+            rows = [encode(record, run, now) for record in records]
+            ours = {row[0]: decode(row, reused=False) for row in rows if execute(upsert, row).rowcount == 1}
             execute("DELETE FROM claims WHERE owner = ?", (owner,))
         theirs = self.find([r.key for r in records if r.key not in ours])
-        return [as_stored(r, run, now) if r.key in ours else theirs[r.key] for r in records]
+        return [ours.get(r.key) or theirs[r.key] for r in records]
 
     def runs(self) -> list[Run]:
         """Returns the runs that recorded something or began to, oldest first."""
@@ -202,7 +203,7 @@ class Store:
             return _open(self.path)
         if not self.path.exists():
             raise StoreError(f"there is no store {self.path}; score some candidates into it first")
-        if os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
+        if _may_write(self.path) and _may_write(self.path.parent):
             return _open(self._uri("mode=rw"), uri=True)
         # A write-ahead log needs a shared-memory file beside it, which cannot be made in a read-only folder.
         wal = Path(f"{self.path}-wal")
@@ -274,6 +275,10 @@ def network_file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str 
     holders = [(len(point), kind) for _, point, kind, *_ in lines if target.is_relative_to(point)]
     kind = max(holders, default=(0, ""))[1]
     return kind if kind in _NETWORK_FILE_SYSTEMS else None
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _warn_of_network(path: Path) -> None:

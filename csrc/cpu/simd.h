@@ -24,7 +24,9 @@ typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
-typedef double vdouble __attribute__((vector_size(8 * kLanes)));  // as many lanes: two registers, where floats take one
+typedef float vfloat_half __attribute__((vector_size(2 * kLanes)));  // half the lanes of vfloat
+typedef double vdouble __attribute__((vector_size(4 * kLanes)));     // as many lanes as vfloat_half, one register
+typedef int64_t vlong __attribute__((vector_size(4 * kLanes)));      // what comparing vdouble gives
 
 // The 16-bit formats, told apart by type.
 struct bfloat16 {
@@ -42,6 +44,7 @@ typedef vdouble vdouble_unaligned __attribute__((aligned(8), may_alias));
 }  // namespace detail
 
 inline vfloat splat(float x) { return x - vfloat{}; }
+inline vdouble splat(double x) { return x - vdouble{}; }
 
 inline vfloat load(const float* p) { return *reinterpret_cast<const detail::vfloat_unaligned*>(p); }
 inline vdouble load(const double* p) { return *reinterpret_cast<const detail::vdouble_unaligned*>(p); }
@@ -59,7 +62,12 @@ inline vfloat float_of(vuint x) { return reinterpret_cast<vfloat>(x); }
 inline vfloat abs(vfloat x) { return float_of(bits_of(x) & 0x7fffffffu); }
 inline vfloat max(vfloat x, vfloat y) { return x > y ? x : y; }
 
-inline vdouble widen(vfloat x) { return __builtin_convertvector(x, vdouble); }
+// The lower (half = 0) or upper (half = 1) lanes in float64.
+inline vdouble widen(vfloat x, int half) {
+    vfloat_half lanes;
+    __builtin_memcpy(&lanes, reinterpret_cast<const char*>(&x) + half * sizeof(lanes), sizeof(lanes));
+    return __builtin_convertvector(lanes, vdouble);
+}
 
 // float32 from float32, bfloat16 and float16, exactly (subnormals, infinities and NaN included).
 inline vfloat load_float(const float* p) { return load(p); }
@@ -128,7 +136,7 @@ inline float sum_lanes(vfloat x) {
 }
 inline double sum_lanes(vdouble x) {
     double total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+    for (int lane = 0; lane < kLanes / 2; ++lane) total += x[lane];
     return total;
 }
 inline float max_lanes(vfloat x) {

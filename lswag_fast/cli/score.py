@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -73,21 +74,19 @@ class ArchFile:
 class _Summary:
     """What is said once at the end instead of once a candidate."""
 
-    warnings: dict[str, int] = field(default_factory=dict)
-    saturated: dict[str, int] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
     done: int = 0
+    errors: list[str] = field(default_factory=list)
+    warnings: dict[str, tuple[str, int]] = field(default_factory=dict)  # by kind: one of them, and how many
 
     def add(self, record: Record) -> None:
         self.done += 1
         if record.error and len(self.errors) < _SHOWN:
             self.errors.append(f"{json.dumps(record.arch)}: {record.error}")
-        bound = record.pattern_saturation.bound if record.pattern_saturation else None
-        if bound:
-            self.saturated[bound] = self.saturated.get(bound, 0) + 1
         for text in record.warnings:
-            if text in self.warnings or len(self.warnings) < _SHOWN:
-                self.warnings[text] = self.warnings.get(text, 0) + 1
+            kind = re.sub(r"\d+(\.\d+)?", "#", text)  # warnings of a kind differ in their numbers
+            if kind in self.warnings or len(self.warnings) < _SHOWN:
+                first, n = self.warnings.get(kind, (text, 0))
+                self.warnings[kind] = first, n + 1
 
 
 def run(request: Request) -> int:
@@ -144,9 +143,7 @@ def _report(request: Request, scorer: Scorer, summary: _Summary, bad_lines: int)
     out = sys.stderr if request.as_json else sys.stdout
     if not request.as_json and request.top:
         ranking(scorer.store.top(request.top, scorer.context.id))
-    for bound, n in summary.saturated.items():
-        print(f"Psi is within 5 % of its bound ({_BOUNDS[bound]}) in {n} of {summary.done} candidates.", file=out)
-    for text, n in summary.warnings.items():
+    for text, n in summary.warnings.values():
         print(f"Warning ({n} of {summary.done} candidates): {text}", file=out)
     for text in summary.errors:
         print(f"Failed: {text}", file=out)
@@ -158,9 +155,3 @@ def _report(request: Request, scorer: Scorer, summary: _Summary, bad_lines: int)
         f"({options.device}, {options.dtype}, S = {request.samples}, G = {options.groups}); store {request.store}",
         file=out,
     )
-
-
-_BOUNDS = {
-    "samples": "2^S: more --samples or --pattern-samples tell more patterns apart",
-    "positions": "one pattern a position: it ranks as a count of activations; --pattern-samples 18 to 24 avoids that",
-}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import scoring
+from ..backends import resolve_device
 from ..errors import InputError, StoreError
 from ..options import ScoreOptions
 from ..proxies.lswag import LswagResult
@@ -31,7 +32,7 @@ _POLL_SECONDS = 0.1
 _ERROR_CHARACTERS = 2000
 
 Arch = Mapping[str, Any]
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
 class Space(Protocol):
@@ -97,7 +98,7 @@ class Scorer:
         notes: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.options = _resolved(space, images, labels, options)
+        self.options = _resolved(space, images, labels, loss, options)
         self.space, self.images, self.labels, self.loss = space, images, labels, loss
         self.retry_failed = retry_failed
         self.scored = self.reused = self.failures = 0
@@ -231,32 +232,24 @@ def _without(pending: Sequence[_Candidate], finished: Sequence[Record]) -> list[
     return kept
 
 
-def _resolved(space: Space, images: Tensor, labels: Tensor | None, options: Mapping[str, Any]) -> ScoreOptions:
+def _resolved(
+    space: Space, images: Tensor, labels: Tensor | None, loss: Loss | None, options: Mapping[str, Any]
+) -> ScoreOptions:
     accepted = [f.name for f in fields(ScoreOptions)]
     unknown = sorted(options.keys() - set(accepted))
     if unknown:
         raise InputError(f"no option is called {', '.join(unknown)}; there are {', '.join(accepted)}")
-    _check_batch(images, labels, space.options.get("num_classes"))
-    return ScoreOptions(**options).resolved(len(images), coupled=space.coupled)
+    asked = ScoreOptions(**options)
+    scoring.check_images(images, resolve_device(asked.device))
+    _check_labels(labels, len(images), loss, space.options.get("num_classes"))
+    return asked.resolved(len(images), coupled=space.coupled)
 
 
-def _check_batch(images: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        given = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"images must be a floating-point tensor [S, 3, H, W], got {given}")
-    if len(images) == 0:
-        raise InputError("images holds no image; a score needs at least 2")
-    if not torch.isfinite(images).all():
-        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
-        raise InputError(f"images must be finite; NaN or Inf in image {bad[0]} ({len(bad)} such images)")
+def _check_labels(labels: Tensor | None, samples: int, loss: Loss | None, num_classes: int | None) -> None:
     if labels is None:
         return
-    if not isinstance(labels, Tensor) or labels.shape[:1] != images.shape[:1]:
+    if not isinstance(labels, Tensor) or labels.shape[:1] != (samples,):
         given = f"{list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise InputError(f"labels must be a tensor with one entry an image, [{len(images)}], got {given}")
-    whole = labels.ndim == 1 and not labels.is_floating_point()
-    if num_classes is not None and whole and not ((labels >= 0) & (labels < num_classes)).all():
-        raise InputError(
-            f"labels must be from 0 to {num_classes - 1} (num_classes is {num_classes}), got from "
-            f"{int(labels.min())} to {int(labels.max())}"
-        )
+        raise InputError(f"labels must be a tensor with one entry an image, [{samples}, ...], got {given}")
+    if loss is None and num_classes is not None:
+        scoring.class_labels(labels, samples, num_classes, seed=0)

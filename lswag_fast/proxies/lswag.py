@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import Tensor
+
+from ..capture import Activation, Layer, Plan
+from ..ops.activation_patterns import activate_and_pack, count_distinct, pack_signs
+from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
+from ..options import ScoreOptions
+
+SATURATED = 0.95
+"""The share of a bound of Psi above which a result says that Psi ranks little but that bound."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,13 @@ class LayerRow:
     index: int  # 1 to L, by first use in the forward pass
     percentile: int  # 10 * int((index / L * 100) // 10)
     numel: int
-    dead: int
+    in_window: bool  # outside it nothing is computed, and all below is None
+    dead: int | None
     log_sum_inverse_sigma: float | None  # None: every weight is dead
     log_sum_mean_over_sigma: float | None
-    mean_sigma: float
-    mean_abs_gradient: float
-    path: str  # "fused", or "slow" for one forward and backward pass a group
-    in_window: bool
+    mean_sigma: float | None
+    mean_abs_gradient: float | None
+    slow: str | None  # why this weight took one forward and backward pass a group; None: it did not
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class LswagResult:
     pattern_saturation: PatternSaturation
     counts: Counts
     layers: tuple[LayerRow, ...]
-    patterns_by_activation: tuple[int, ...]
+    patterns_by_activation: tuple[int, ...] | None  # with pooling "sum"
     uncovered: tuple[str, ...]
     warnings: tuple[str, ...]
     seconds: float
@@ -60,3 +71,121 @@ class LswagResult:
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as plain values that JSON can hold."""
         return asdict(self)
+
+
+def percentile(number: int, count: int) -> int:
+    """Returns the percentile of depth of layer `number` (from 1) of `count` (equation 6)."""
+    return 10 * int((number / count * 100) // 10)
+
+
+class LswagStatistics:
+    """Reduces what one captured pass hands over to the terms of L-SWAG.
+
+    Needs captured: the inputs and output gradients of the weights in the window, and the activations up to its end.
+    Reduced to: per weight, the sums over its live entries of 1 / sigma and mu / sigma (equation 6); over all counted
+    activations, the number of distinct patterns (equation 7).
+    """
+
+    def __init__(self, plan: Plan, options: ScoreOptions, samples: int) -> None:
+        assert options.groups is not None
+        assert options.pattern_samples is not None
+        self._plan = plan
+        self._options = options
+        self._samples = samples
+        self._groups: int = options.groups
+        self._pattern_samples: int = options.pattern_samples
+        self._moments: dict[str, GradientMoments] = {}
+        self._accumulators: dict[str, MomentsAccumulator] = {}
+        self._words: dict[int, Tensor] = {}
+
+    def wants(self, activation: Activation) -> bool:
+        """Whether this activation counts: it lies before the end of the window (or inside it, where asked)."""
+        first, last = self._options.window
+        here = percentile(activation.last_layer, len(self._plan.layers))
+        return here <= last and (here >= first or not self._options.patterns_inside_window)
+
+    def activate(self, activation: Activation, pre: Tensor, kind: str) -> Tensor:
+        """Computes an activation of pre [S, ...] and packs the signs of its values in the same pass."""
+        post, words = activate_and_pack(pre, kind, samples=self._pattern_samples)
+        self._words[activation.call] = words
+        return post
+
+    def activated(self, activation: Activation, post: Tensor, first_sample: int) -> None:
+        """Packs the signs of post [s, ...], which holds the samples from `first_sample` on."""
+        count = min(post.shape[0], self._pattern_samples - first_sample)
+        if count > 0:
+            self._words[activation.call] = pack_signs(
+                post[:count],
+                words=self._words.get(activation.call),
+                first_sample=first_sample,
+                samples=self._pattern_samples,
+            )
+
+    def weight(
+        self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None
+    ) -> None:
+        """Reduces the per-group gradients of one weight to their moments."""
+        self._moments[layer.name] = gradient_moments(inputs, output_grads, self._groups, convolution=convolution)
+
+    def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
+        """Adds the gradient of one more group to the moments of a weight on the slow path."""
+        if layer.name not in self._accumulators:
+            self._accumulators[layer.name] = MomentsAccumulator(tuple(gradient.shape))
+        self._accumulators[layer.name].add(gradient)
+
+    def rows(self) -> tuple[LayerRow, ...]:
+        """Returns a row a layer, in order of first use."""
+        self._moments.update({name: a.finish() for name, a in self._accumulators.items()})
+        self._accumulators.clear()
+        return tuple(self._row(i + 1, layer) for i, layer in enumerate(self._plan.layers))
+
+    def patterns(self) -> tuple[int, tuple[int, ...] | None]:
+        """Returns Psi, and the number of distinct patterns of each activation where they are pooled by sum."""
+        words = [self._words[a.call] for a in self._plan.activations if a.call in self._words]
+        if self._options.pooling == "union":
+            return (count_distinct(words, self._pattern_samples) if words else 0), None
+        counts = tuple(count_distinct([w], self._pattern_samples) for w in words)
+        return sum(counts), counts
+
+    def positions(self) -> tuple[int, ...]:
+        """Returns the positions, for one sample, of each activation that is counted."""
+        return tuple(a.positions for a in self._plan.activations if a.call in self._words)
+
+    def saturation(self, psi: int) -> PatternSaturation:
+        """Returns how much of its range Psi uses."""
+        pools = [sum(self.positions())] if self._options.pooling == "union" else list(self.positions())
+        by_samples = sum(2**self._pattern_samples for _ in pools)
+        positions = sum(pools)
+        ratio = psi / max(sum(min(2**self._pattern_samples, n) for n in pools), 1)
+        if psi > SATURATED * by_samples > 0:
+            return PatternSaturation(ratio, "samples")
+        return PatternSaturation(ratio, "positions" if psi > SATURATED * positions > 0 else None)
+
+    def trainability(self, rows: tuple[LayerRow, ...]) -> float:
+        """Returns Lambda: the sum over the layers in the window of the log of their sum over live weights."""
+        mean = self._options.numerator == "mean"
+        terms = [row.log_sum_mean_over_sigma if mean else row.log_sum_inverse_sigma for row in rows if row.in_window]
+        return math.fsum(term for term in terms if term is not None)
+
+    def _row(self, number: int, layer: Layer) -> LayerRow:
+        here = percentile(number, len(self._plan.layers))
+        inside = self._options.window[0] <= here <= self._options.window[1]
+        if not inside:
+            return LayerRow(layer.name, number, here, layer.numel, False, None, None, None, None, None, None)
+        moments = self._moments.get(layer.name)
+        if moments is None:
+            return LayerRow(layer.name, number, here, layer.numel, True, layer.numel, None, None, 0.0, 0.0, None)
+        share = moments.numel / layer.numel
+        return LayerRow(
+            layer.name,
+            number,
+            here,
+            layer.numel,
+            True,
+            moments.dead + layer.numel - moments.numel,
+            moments.log_sum_inverse_sigma,
+            moments.log_sum_mean_over_sigma,
+            moments.mean_sigma * share,
+            moments.mean_abs_gradient * share,
+            layer.slow_reason,
+        )

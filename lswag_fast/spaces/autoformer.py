@@ -276,12 +276,12 @@ class AutoFormerSupernet:
         return self.space._module(arch, views)
 
     def cast(self, dtype: torch.dtype) -> AutoFormerSupernet:
-        """Returns a supernet in `dtype`, cast once; this one is left as it is."""
-        return self.to(dtype)
+        """Returns a supernet in `dtype`, cast once for all its candidates; this one is left as it is."""
+        return AutoFormerSupernet(self.space, {name: value.to(dtype) for name, value in self._parameters.items()})
 
-    def to(self, target: torch.dtype | torch.device | str) -> AutoFormerSupernet:
-        """Returns a supernet in another dtype or on another device; tensors already there are shared, not copied."""
-        return AutoFormerSupernet(self.space, {name: value.to(target) for name, value in self._parameters.items()})
+    def to(self, device: torch.device | str) -> AutoFormerSupernet:
+        """Returns a supernet on `device`; tensors already there are shared, not copied."""
+        return AutoFormerSupernet(self.space, {name: value.to(device) for name, value in self._parameters.items()})
 
     def digest(self) -> str:
         """Returns the SHA-256, in hexadecimal, of all names, dtypes, shapes and bytes; computed at each call."""

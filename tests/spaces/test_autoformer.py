@@ -240,6 +240,7 @@ def test_cast_leaves_the_supernet_as_it_is(small: spaces.AutoFormerSpace) -> Non
     assert {value.dtype for value in cast.subnet(arch).parameters()} == {torch.bfloat16}
     assert {value.dtype for value in supernet.subnet(arch).parameters()} == {torch.float32}
     assert cast.subnet(arch)(images_for(small, 2, torch.bfloat16)).dtype == torch.bfloat16
+    assert {value.device.type for value in supernet.to("meta").subnet(arch).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def test_more_samples_than_the_space_holds_is_an_input_error() -> None:
 
 
 def test_exhausted_strata_are_left_out() -> None:
-    drawn = list(distinct_draws([(2, 2), (3, 4), (1, 1)], "stream"))
+    drawn = list(islice(distinct_draws([(2, 2), (3, 4), (1, 1)], "stream"), 100))
     assert sorted(drawn) == [(0, i) for i in range(4)] + [(1, i) for i in range(12)] + [(2, 0)]
 
 

@@ -1,0 +1,152 @@
+// Depthwise convolutions, one channel in and out a group: no matrix product to speak of, so the kernel taps are
+// correlated directly, a vector of channels at a time.
+//
+// Floor: 2 * S * OH * OW * C * KH * KW operations; a tap costs one load and one fused multiply-add, so two loads a
+// cycle bound it at half the rate of a matrix product.
+#include "gradient_operand.h"
+#include "lswag/gradient_moments.h"
+#include "moment_state.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace lswag {
+namespace LSWAG_ISA {
+namespace {
+
+constexpr int64_t kTapsAtOnce = 7;
+
+int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// What a thread needs: a padded plane of the inputs and one of the output gradients, kLanes channels each, the gradient
+// of their taps, and its moments.
+struct Layout {
+    int64_t blocks, taps, plane, gradient_plane, gradients, state, thread_bytes;
+
+    explicit Layout(const GradientMomentsPlan& plan) {
+        blocks = (plan.channel_groups + kLanes - 1) / kLanes;
+        taps = plan.kernel[0] * plan.kernel[1];
+        plane = gradient_plane = 0;
+        for (int u = 0; u < plan.use_count; ++u) {
+            const GradientUse& use = plan.uses[u];
+            const int64_t positions = use.inputs.row_shape[0] * use.inputs.row_shape[1];
+            plane = positions > plane ? positions : plane;
+            gradient_plane = use.rows > gradient_plane ? use.rows : gradient_plane;
+        }
+        plane = round_up(plane * kLanes * 4);
+        gradient_plane = round_up(gradient_plane * kLanes * 4);
+        gradients = round_up(taps * kLanes * 4);
+        state = round_up(taps * kLanes * MomentState<float>::bytes_per_weight(plan.with_signed));
+        thread_bytes = plane + gradient_plane + gradients + state;
+    }
+};
+
+void pack_plane(const GradientOperand& operand, int64_t sample, int64_t channel, int64_t channels, float scale,
+                float* plane) {
+    const int64_t rows = operand.row_shape[0] * operand.row_shape[1];
+    const int64_t end = channel + kLanes < channels ? channel + kLanes : channels;
+    for (int64_t begin = 0; begin < rows; begin += kChunkRows) {
+        RowTable table;
+        list_rows(operand, rows, sample, begin, rows - begin < kChunkRows ? rows - begin : kChunkRows, table);
+        pack_operand<kLanes>(operand, 0, table, channel, end, scale, plane + begin * kLanes, 0);
+    }
+}
+
+// Adds to Count neighbouring taps of one kernel row the products along one row of output positions.
+template <int Count>
+void add_row(const float* inputs, const float* output_grads, int64_t positions, int64_t step, int64_t dilation,
+             float* gradients) {
+    vfloat sum[Count] = {};
+    for (int64_t p = 0; p < positions; ++p, inputs += step, output_grads += kLanes) {
+        const vfloat d = load(output_grads);
+        for (int tap = 0; tap < Count; ++tap) sum[tap] += d * load(inputs + tap * dilation);
+    }
+    for (int tap = 0; tap < Count; ++tap) store(gradients + tap * kLanes, load(gradients + tap * kLanes) + sum[tap]);
+}
+
+using AddRow = void (*)(const float*, const float*, int64_t, int64_t, int64_t, float*);
+constexpr AddRow kAddRow[kTapsAtOnce] = {add_row<1>, add_row<2>, add_row<3>, add_row<4>,
+                                         add_row<5>, add_row<6>, add_row<7>};
+
+void correlate(const GradientMomentsPlan& plan, const GradientUse& use, const float* plane, const float* output_grads,
+               float* gradients) {
+    const int64_t width = use.inputs.row_shape[1] * kLanes;
+    const int64_t out_height = use.output_grads.row_shape[0], out_width = use.output_grads.row_shape[1];
+    for (int64_t ky = 0; ky < plan.kernel[0]; ++ky) {
+        for (int64_t y = 0; y < out_height; ++y) {
+            const float* const from = plane + (y * plan.stride[0] + ky * plan.dilation[0]) * width;
+            const float* const row = output_grads + y * out_width * kLanes;
+            for (int64_t kx = 0; kx < plan.kernel[1]; kx += kTapsAtOnce) {
+                const int64_t rest = plan.kernel[1] - kx, count = rest < kTapsAtOnce ? rest : kTapsAtOnce;
+                kAddRow[count - 1](from + kx * plan.dilation[1] * kLanes, row, out_width, plan.stride[1] * kLanes,
+                                   plan.dilation[1] * kLanes, gradients + (ky * plan.kernel[1] + kx) * kLanes);
+            }
+        }
+    }
+}
+
+void channel_block(const GradientMomentsPlan& plan, const Layout& layout, int64_t block, char* memory,
+                   const float scales[2], double unit, const MomentMapPointers& maps, double* sums) {
+    const int64_t channels = plan.channel_groups, channel = block * kLanes, weights = layout.taps * kLanes;
+    float* const plane = reinterpret_cast<float*>(memory);
+    float* const output_grads = reinterpret_cast<float*>(memory + layout.plane);
+    float* const gradients = reinterpret_cast<float*>(memory + layout.plane + layout.gradient_plane);
+    const MomentState<float> state(memory + layout.plane + layout.gradient_plane + layout.gradients, weights,
+                                   plan.with_signed);
+    const int64_t size = plan.samples / plan.groups;
+    for (int64_t group = 0; group < plan.groups; ++group) {
+        __builtin_memset(gradients, 0, layout.gradients);
+        for (int64_t sample = group * size; sample < (group + 1) * size; ++sample) {
+            for (int u = 0; u < plan.use_count; ++u) {
+                pack_plane(plan.uses[u].inputs, sample, channel, channels, scales[0], plane);
+                pack_plane(plan.uses[u].output_grads, sample, channel, channels, scales[1], output_grads);
+                correlate(plan, plan.uses[u], plane, output_grads, gradients);
+            }
+        }
+        if (plan.with_signed)
+            update_moments<true>(state, gradients, weights, group);
+        else
+            update_moments<false>(state, gradients, weights, group);
+    }
+    if (plan.with_signed)
+        sum_moments<true>(state, weights, plan.groups, sums);
+    else
+        sum_moments<false>(state, weights, plan.groups, sums);
+    if (maps.sigma == nullptr) return;
+    const int64_t count = channels - channel < kLanes ? channels - channel : kLanes;
+    for (int64_t tap = 0; tap < layout.taps; ++tap)
+        write_maps(state, tap * kLanes, count, plan.groups, unit, maps, tap * channels + channel);
+}
+
+}  // namespace
+
+void depthwise_workspace(const GradientMomentsPlan& plan, int64_t* bytes) {
+    const Layout layout(plan);
+    *bytes = round_up(layout.blocks * kMomentSums * 8) + plan.threads * layout.thread_bytes;
+}
+
+void depthwise_moments(const GradientMomentsPlan& plan, void* workspace, const float scales[2], double unit,
+                       const MomentMapPointers& maps, MomentResults* results) {
+    const Layout layout(plan);
+    double* const sums = static_cast<double*>(workspace);
+    char* const memory = static_cast<char*>(workspace) + round_up(layout.blocks * kMomentSums * 8);
+    __builtin_memset(sums, 0, layout.blocks * kMomentSums * 8);
+#pragma omp parallel for num_threads(plan.threads) schedule(dynamic, 1)
+    for (int64_t block = 0; block < layout.blocks; ++block)
+        channel_block(plan, layout, block, memory + thread_number() * layout.thread_bytes, scales, unit, maps,
+                      sums + block * kMomentSums);
+    for (int64_t block = 0; block < layout.blocks; ++block)
+        for (int s = 0; s < kMomentSums; ++s) results->sums[s] += sums[block * kMomentSums + s];
+}
+
+}  // namespace LSWAG_ISA
+}  // namespace lswag

@@ -1,0 +1,135 @@
+// The exact power of two that an operand is multiplied by, so that products neither underflow nor overflow.
+#pragma once
+
+#include "lswag/tensor.h"
+#include "simd.h"
+
+namespace lswag {
+namespace LSWAG_ISA {
+
+// The largest scaled magnitude is in [2^kScaledExponent, 2^(kScaledExponent + 1)): products of two operands then reach
+// 2^62, which leaves 2^65 for sums of products, and keeps products of full precision down to 2^-126, 2^-188 of that.
+constexpr int kScaledExponent = 30;
+
+inline uint32_t magnitude_bits(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits & 0x7fffffffu;
+}
+inline uint32_t magnitude_bits(bfloat16 x) { return (x.bits & 0x7fffu) << 16; }
+inline uint32_t magnitude_bits(float16 x) { return x.bits & 0x7fffu; }
+
+template <typename Source>
+inline uint32_t largest_in_line(const Source* p, int64_t count, int64_t stride) {
+    uint32_t largest = 0;
+    if (stride == 1) {
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t bits = magnitude_bits(p[i]);
+            largest = bits > largest ? bits : largest;
+        }
+        return largest;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = magnitude_bits(p[i * stride]);
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+// The dimensions of a tensor in the order of memory, neighbours merged: few long lines.
+struct Lines {
+    int ndim = 0;
+    int64_t shape[kMaxDims + 1];
+    int64_t strides[kMaxDims + 1];
+
+    explicit Lines(const Tensor& tensor) {
+        for (int d = 0; d < tensor.ndim; ++d) insert(tensor.shape[d], tensor.strides[d]);
+        if (ndim == 0) insert_at(0, 1, 1);
+        int kept = 0;
+        for (int d = 1; d < ndim; ++d) {
+            if (strides[kept] == strides[d] * shape[d]) {
+                shape[kept] *= shape[d];
+                strides[kept] = strides[d];
+            } else {
+                ++kept;
+                shape[kept] = shape[d];
+                strides[kept] = strides[d];
+            }
+        }
+        ndim = kept + 1;
+    }
+
+    int64_t count() const {
+        int64_t n = 1;
+        for (int d = 0; d + 1 < ndim; ++d) n *= shape[d];
+        return n;
+    }
+
+    int64_t offset(int64_t line) const {
+        int64_t where = 0;
+        for (int d = ndim - 2; d >= 0; --d) {
+            where += line % shape[d] * strides[d];
+            line /= shape[d];
+        }
+        return where;
+    }
+
+ private:
+    void insert(int64_t size, int64_t stride) {
+        if (size == 1 || stride == 0) return;
+        int at = 0;
+        while (at < ndim && strides[at] >= stride) ++at;
+        insert_at(at, size, stride);
+    }
+
+    void insert_at(int at, int64_t size, int64_t stride) {
+        for (int d = ndim; d > at; --d) {
+            shape[d] = shape[d - 1];
+            strides[d] = strides[d - 1];
+        }
+        shape[at] = size;
+        strides[at] = stride;
+        ++ndim;
+    }
+};
+
+template <typename Source>
+inline uint32_t largest_bits(const Tensor& tensor, int threads) {
+    const Lines lines(tensor);
+    const int64_t length = lines.shape[lines.ndim - 1], stride = lines.strides[lines.ndim - 1], piece = 1 << 15;
+    const int64_t pieces = (length + piece - 1) / piece, jobs = lines.count() * pieces;
+    const Source* const data = static_cast<const Source*>(tensor.data);
+    uint32_t largest = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : largest) if (jobs > 1)
+    for (int64_t job = 0; job < jobs; ++job) {
+        const int64_t begin = job % pieces * piece, count = length - begin < piece ? length - begin : piece;
+        const uint32_t found = largest_in_line(data + lines.offset(job / pieces) + begin * stride, count, stride);
+        largest = found > largest ? found : largest;
+    }
+    return largest;
+}
+
+// The largest |x|; infinity or NaN where the tensor holds one.
+inline float largest_magnitude(const Tensor& tensor, int threads) {
+    if (tensor.dtype == DType::float16) {
+        const float16 largest{static_cast<uint16_t>(largest_bits<float16>(tensor, threads))};
+        return to_float(largest);
+    }
+    const uint32_t bits = tensor.dtype == DType::bfloat16 ? largest_bits<bfloat16>(tensor, threads)
+                                                          : largest_bits<float>(tensor, threads);
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    return largest;
+}
+
+// The exponent e of the scale 2^e for values of up to `largest`; 0 where that is zero or not finite.
+inline int scale_exponent(float largest) {
+    if (!(largest > 0) || largest > 0x1.fffffep127f) return 0;
+    int exponent;
+    (void)__builtin_frexpf(largest, &exponent);
+    const int wanted = kScaledExponent - (exponent - 1);
+    return wanted < 127 ? wanted : 127;
+}
+
+}  // namespace LSWAG_ISA
+}  // namespace lswag

@@ -1,0 +1,219 @@
+"""The real run: one forward and backward pass that follows a plan, and the exact slow path beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ScoreError
+from ..ops.gradient_moments import Convolution
+from . import functions as fn
+from . import intercept
+from .functions import Kind
+from .plan import Activation, Layer, Plan, Use
+from .sandbox import Sandbox
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Consumer(Protocol):
+    """What a proxy does with what is captured. Tensors are valid during the call only."""
+
+    def wants(self, activation: Activation) -> bool:
+        """Whether this activation is to be handed over."""
+
+    def activate(self, activation: Activation, pre: Tensor, kind: str) -> Tensor:
+        """Computes the activation of pre [S, ...] and reads it; returns it in the layout of `pre`."""
+
+    def activated(self, activation: Activation, post: Tensor, first_sample: int) -> None:
+        """Reads a post-activation [s, ...]: that of the samples from `first_sample` on."""
+
+    def weight(
+        self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None
+    ) -> None:
+        """Reads the inputs [S, ..., I] and output gradients [S, ..., O] of every use of a weight."""
+
+    def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
+        """Reads the gradient of the next group's mean loss, for a weight on the slow path."""
+
+
+class CaptureMode(TorchFunctionMode):
+    """Follows a plan call by call. `fused` False: only activations are captured."""
+
+    def __init__(self, plan: Plan, consumer: Consumer, samples: int, *, fused: bool, first_sample: int = 0) -> None:
+        super().__init__()
+        self._plan = plan
+        self._consumer = consumer
+        self._samples = samples
+        self._fused = fused
+        self._first_sample = first_sample
+        self._next = 0
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._pending: dict[int, list[tuple[Use, Tensor, Tensor]]] = {}
+        self.delivered: set[int] = set()  # layers handed over, by position in the plan
+        self._uses = [sum(isinstance(a, Use) and a.layer == i for a in plan.actions) for i in range(len(plan.layers))]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs `func` as the plan says."""
+        kwargs = kwargs or {}
+        kind = fn.KINDS.get(func)
+        if kind is None or kind in fn.UNPLANNED:
+            return func(*args, **kwargs)
+        if kind is Kind.COMPOSITE:
+            with self:
+                return fn.run_body(func, args, kwargs)
+        action = self._take_action(kind)
+        if isinstance(action, Activation):
+            return self._activation(action, func, args, kwargs)
+        if not isinstance(action, Use) or not self._fused:
+            return func(*args, **kwargs)
+        return self._product(action, kind, func, args, kwargs)
+
+    def _product(self, action: Use, kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if kind is Kind.CONVOLUTION:
+            call = fn.convolution_arguments(args, kwargs)
+            geometry = _convolution(call)
+            return intercept.convolution(call, self._anchor, lambda x, grad: self._deliver(action, x, grad, geometry))
+        if kind is Kind.LINEAR:
+            product: fn.Product | None = fn.linear_arguments(args, kwargs)
+        else:
+            product = fn.as_linear(*fn.matmul_operands(func, args, kwargs), action.weight_on_right)
+        assert product is not None
+        out = intercept.linear(
+            product.x,
+            product.weight,
+            product.bias,
+            self._anchor,
+            lambda x, grad: self._deliver(action, x, grad, None),
+        )
+        return out.transpose(-1, -2) if product.transposed else out
+
+    def _take_action(self, kind: Kind) -> Use | Activation | None:
+        index = self._next
+        self._next += 1
+        if index >= len(self._plan.kinds) or self._plan.kinds[index] is not kind:
+            raise ScoreError("the model's forward pass took another course than on shapes alone; it cannot be captured")
+        return self._plan.actions[index]
+
+    def _activation(self, action: Activation, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        kind, pre, inplace = fn.activation_kind(func, args, kwargs)
+        if action.axis is None or not self._consumer.wants(action):
+            out: Tensor = func(*args, **kwargs)
+            return out
+        axis = action.axis
+        if self._fused and not inplace and axis.axis == 0 and axis.factor == 1:
+            return intercept.activation(pre, kind, lambda x: self._consumer.activate(action, x, kind))
+        post: Tensor = func(*args, **kwargs)
+        self._consumer.activated(action, axis.split(post.detach(), self._samples), self._first_sample)
+        return post
+
+    def _deliver(self, use: Use, x: Tensor, grad: Tensor, convolution: Convolution | None) -> None:
+        pending = self._pending.setdefault(use.layer, [])
+        pending.append((use, x, grad))
+        if len(pending) < self._uses[use.layer]:
+            return
+        del self._pending[use.layer]
+        self.delivered.add(use.layer)
+        inputs: list[Tensor] = []
+        grads: list[Tensor] = []
+        for one, a, d in pending:
+            for a_view, d_view in self._by_sample(one, a, d, convolution):
+                inputs.append(d_view if one.swapped else a_view)
+                grads.append(a_view if one.swapped else d_view)
+        self._consumer.weight(self._plan.layers[use.layer], inputs, grads, convolution)
+
+    def _by_sample(
+        self, use: Use, x: Tensor, grad: Tensor, convolution: Convolution | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns views with the samples first; a convolution's folded axis becomes uses of its own."""
+        x, grad = use.axis.split(x, self._samples), use.axis.split(grad, self._samples)
+        if convolution is None:
+            return [(x, grad)]
+        if x.dim() - (use.axis.factor > 1) == 3:
+            x, grad = x.unsqueeze(-2), grad.unsqueeze(-2)
+        if use.axis.factor == 1:
+            return [(x, grad)]
+        return [(x[:, i], grad[:, i]) for i in range(use.axis.factor)]
+
+
+def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, groups: int, consumer: Consumer) -> None:
+    """Runs the model on `images` [S, ...] and hands `consumer` everything the plan says.
+
+    One forward and backward pass of the whole batch covers the fused weights; the weights on the slow path (all of
+    them where the samples are coupled) take one forward and backward pass a group. Raises ScoreError where a loss is
+    not finite.
+    """
+    samples = images.shape[0]
+    images = images.to(sandbox.dtype)
+    if plan.coupled is None:
+        mode = CaptureMode(plan, consumer, samples, fused=True)
+        with mode:
+            losses = _losses(sandbox(images), labels, loss)
+        expected = {action.layer for action in plan.actions if isinstance(action, Use)}
+        if expected:
+            torch.autograd.backward(losses.sum())
+        del losses
+        for missing in expected - mode.delivered:
+            plan.layers[missing].slow_reason = "the backward pass did not reach every use of it"
+    slow = [layer for layer in plan.layers if layer.kept and not layer.fused]
+    if slow or plan.coupled is not None:
+        _run_groups(plan, slow, sandbox, images, labels, loss, groups, consumer)
+
+
+def _run_groups(
+    plan: Plan,
+    slow: list[Layer],
+    sandbox: Sandbox,
+    images: Tensor,
+    labels: Any,
+    loss: Loss,
+    groups: int,
+    consumer: Consumer,
+) -> None:
+    leaves = {layer.name: sandbox.parameters[layer.name].detach().requires_grad_() for layer in slow}
+    samples = images.shape[0]
+    size = samples // groups
+    for first in range(0, samples, size):
+        part = images[first : first + size]
+        part_labels = labels[first : first + size] if isinstance(labels, Tensor) else labels
+        parameters = {**sandbox.parameters, **leaves}
+        if plan.coupled is None:
+            output = sandbox.run(parameters, sandbox.buffers, part)
+        else:
+            with CaptureMode(plan, consumer, size, fused=False, first_sample=first):
+                output = sandbox.run(parameters, sandbox.buffers, part)
+        mean = _losses(output, part_labels, loss, first).mean()
+        if not slow:
+            continue
+        for layer, gradient in zip(
+            slow, torch.autograd.grad(mean, list(leaves.values()), allow_unused=True), strict=True
+        ):
+            consumer.group_gradient(layer, torch.zeros_like(leaves[layer.name]) if gradient is None else gradient)
+
+
+def _losses(output: Any, labels: Any, loss: Loss, first_sample: int = 0) -> Tensor:
+    losses = loss(output, labels)
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        sample = first_sample + int(torch.nonzero(~finite)[0])
+        raise ScoreError(f"the loss of sample {sample} is {float(losses[sample - first_sample])}, not a finite number")
+    return losses
+
+
+def _convolution(call: fn.ConvolutionCall) -> Convolution:
+    def pair(values: tuple[int, ...], fill: int) -> tuple[int, int]:
+        return (fill, values[0]) if len(values) == 1 else (values[0], values[1])
+
+    return Convolution(
+        kernel_size=pair(tuple(call.weight.shape[2:]), 1),
+        stride=pair(call.stride, 1),
+        padding=pair(call.padding, 0),
+        dilation=pair(call.dilation, 1),
+        groups=call.groups,
+    )

@@ -1,0 +1,296 @@
+"""Moments of a weight's gradients over groups of samples, without storing one gradient a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..errors import InputError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIMS = 8
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A two-dimensional convolution as PyTorch means its arguments; a one-dimensional one has height 1.
+
+    `padding` is what lies before the first row and column: reads past the end of the plane are zero whatever the
+    padding there, so asymmetric padding ("same" with even kernels) needs no more than this.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class SignedMoments:
+    """Statistics of the signed g, which proxies other than L-SWAG and ZiCo are made of.
+
+    Live weights are here those with a standard deviation of g above 2^-22 * |mean of g|.
+    """
+
+    dead: int
+    mean_signal_to_noise: float | None
+    """mean over live weights of (mean g)^2 / var g: GSNR (Liu et al., ICLR 2020, arXiv 2001.07384); None: no live."""
+    mean_abs_mean: float
+    """mean over weights of |mean g|."""
+    mean_squared_mean: float
+    """mean over weights of (mean g)^2: the squared norm of the whole batch's gradient is numel times this."""
+    mean_sigma: float
+    """mean over weights of the standard deviation of g."""
+    sign_agreement: float
+    """mean over weights of |sum_k sign g_k| / G: 1 where all groups agree, 0 where half of them do."""
+
+
+@dataclass(frozen=True)
+class MomentMaps:
+    """The statistics of every weight, float64 in the shape of the weight; the signed ones only where asked."""
+
+    sigma: Tensor
+    mean_abs: Tensor
+    signed_sigma: Tensor | None = None
+    signed_mean: Tensor | None = None
+    sign_sum: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Moments of |g| over G groups, population form, summed over one weight (L-SWAG equations 1 and 6, ZiCo)."""
+
+    numel: int
+    dead: int
+    """Weights whose g are all 0, or whose sigma <= 2^-22 * mean|g|: rounding alone made it."""
+    log_sum_inverse_sigma: float | None
+    """log of the sum over live weights of 1 / sigma; None where all are dead, NaN where a gradient is not finite."""
+    log_sum_mean_over_sigma: float | None
+    """log of the sum over live weights of mean|g| / sigma: ZiCo's term (Li et al., ICLR 2023, arXiv 2301.11300)."""
+    mean_sigma: float
+    """mean over all weights, dead ones included, of sigma."""
+    mean_abs_gradient: float
+    """mean over all weights of mean_k |g_k|."""
+    signed: SignedMoments | None = None
+    maps: MomentMaps | None = None
+
+
+def gradient_moments(
+    inputs: Tensor | Sequence[Tensor],
+    output_grads: Tensor | Sequence[Tensor],
+    groups: int | None = None,
+    *,
+    convolution: Convolution | None = None,
+    signed: bool = False,
+    maps: bool = False,
+) -> GradientMoments:
+    """Returns the moments of a weight's gradients g_k = (1/|k|) * sum over n in group k of d_n^T a_n.
+
+    The S samples are cut into `groups` runs of S / groups neighbours (None: one sample each). Means and deviations are
+    Welford's, deviations and all sums over weights in float64; output gradients and inputs are scaled by exact powers
+    of two on the way, so that gradients of 1e-30 neither underflow nor cost precision. The result has the same bits
+    whatever the number of threads.
+
+    Floor: 2 * S * T * O * I operations, once over the operands and nothing of size S * O * I; see
+    `bench/bench_gradient_moments.py` for the share of it that is reached.
+
+    Args:
+        inputs: a [S, T, I] (or [S, ..., I], or [S, I]) float32, bfloat16 or float16, any strides, read in place; with
+            `convolution` [S, C, H, W]. Several for a weight that is used several times: contributions are summed
+            before the absolute value. Any DLPack producer on the CPU will do.
+        output_grads: d [S, T, O], the gradients of each sample's own loss; with `convolution` [S, O, OH, OW]; as many.
+        groups: G, from 2 to S and a divisor of S.
+        convolution: how the weight [O, C / groups, KH, KW] was applied, where it is a kernel.
+        signed: also the moments of the signed gradients.
+        maps: also every weight's own statistics, [O, I] or [O, C / groups, KH, KW].
+
+    Raises:
+        InputError: shapes that do not fit one another, G that does not divide S or is below 2, another dtype or device.
+    """
+    a, d = _uses("inputs", inputs), _uses("output_grads", output_grads)
+    samples = _checked_samples(a, d)
+    count = samples if groups is None else groups
+    if count < 2 or samples % count:
+        raise InputError(f"expected groups from 2 to S = {samples} that divide S, got {count}")
+    shape = _linear_shape(a, d) if convolution is None else _convolution_shape(a, d, convolution)
+    native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
+    workspace = torch.empty(native.workspace_bytes, dtype=torch.uint8)
+    flat = _empty_maps(math.prod(shape), signed, maps)
+    sums, exponent = native.run(workspace, flat)
+    shaped = [_in_weight_order(m, shape, native) for m in flat]
+    return _reduced(sums, exponent, samples // count, math.prod(shape), count, signed, shaped)
+
+
+class MomentsAccumulator:
+    """The same statistics from group gradients that come one after the other, each already its group's mean.
+
+    For weights whose per-sample gradients need a backward pass a group. State and arithmetic are float64.
+    """
+
+    def __init__(self, shape: Sequence[int], *, signed: bool = False) -> None:
+        """Starts without gradients of a weight of this shape."""
+        self._shape = tuple(shape)
+        self._numel = math.prod(self._shape)
+        self._signed = signed
+        self._groups = 0
+        self._state = torch.empty(_C.moments_state_size(self._numel, signed), dtype=torch.float64)
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds the gradient of the next group: of the weight's shape, float32, float64, bfloat16 or float16, CPU.
+
+        Raises InputError for another shape, dtype or device.
+        """
+        gradient = _tensor("gradient", gradient, (*_DTYPES, torch.float64))
+        if tuple(gradient.shape) != self._shape:
+            raise InputError(f"expected a gradient of shape {list(self._shape)}, got {list(gradient.shape)}")
+        if gradient.dtype not in (torch.float32, torch.float64):
+            gradient = gradient.float()
+        _C.accumulate_moments(gradient.contiguous(), self._groups, self._signed, torch.get_num_threads(), self._state)
+        self._groups += 1
+
+    def finish(self, *, maps: bool = False) -> GradientMoments:
+        """Returns the moments of the gradients so far; raises InputError for fewer than 2 of them."""
+        if self._groups < 2:
+            raise InputError(f"moments need the gradients of 2 groups or more, got {self._groups}")
+        flat = _empty_maps(self._numel, self._signed, maps)
+        sums, exponent = _C.finish_moments(self._state, self._numel, self._groups, self._signed, flat)
+        shaped = [m.view(self._shape) for m in flat]
+        return _reduced(sums, exponent, 1, self._numel, self._groups, self._signed, shaped)
+
+
+def _uses(name: str, given: Any) -> list[Tensor]:
+    tensors = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not tensors:
+        raise InputError(f"expected {name} of one use of the weight or more, got an empty sequence")
+    return [_tensor(name, t, _DTYPES) for t in tensors]
+
+
+def _tensor(name: str, given: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    if not isinstance(given, Tensor):
+        if not hasattr(given, "__dlpack__"):
+            raise InputError(f"expected {name} as a tensor or array that offers __dlpack__, got {type(given).__name__}")
+        given = torch.from_dlpack(given)
+    if given.device.type != "cpu":
+        raise InputError(f"expected {name} on the CPU, got a tensor on {given.device}; move it with .cpu()")
+    if given.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"expected {name} in one of {names}, got {str(given.dtype).removeprefix('torch.')}")
+    if given.numel() == 0:
+        raise InputError(f"expected {name} without an empty dimension, got shape {list(given.shape)}")
+    return given.detach().resolve_neg()
+
+
+def _checked_samples(a: list[Tensor], d: list[Tensor]) -> int:
+    if len(a) != len(d):
+        raise InputError(f"expected output_grads for each of {len(a)} uses of inputs, got {len(d)}")
+    samples = a[0].shape[0] if a[0].ndim else 0
+    for name, tensors in (("inputs", a), ("output_grads", d)):
+        for tensor in tensors:
+            if not 2 <= tensor.ndim <= _MAX_DIMS:
+                raise InputError(f"expected {name} [S, T, C] of 2 to {_MAX_DIMS} dimensions, got {list(tensor.shape)}")
+            if tensor.shape[0] != samples:
+                raise InputError(
+                    f"expected {name} [S, ...] with the S of inputs ({samples}), got S = {tensor.shape[0]}"
+                )
+    return samples
+
+
+def _linear_shape(a: list[Tensor], d: list[Tensor]) -> tuple[int, int]:
+    shape = (d[0].shape[-1], a[0].shape[-1])
+    for u in range(len(a)):
+        if a[u].shape[:-1] != d[u].shape[:-1]:
+            raise InputError(
+                f"expected output_grads [S, T, O] with the S, T of inputs {list(a[u].shape[:-1])}, "
+                f"got {list(d[u].shape[:-1])}"
+            )
+        if (d[u].shape[-1], a[u].shape[-1]) != shape:
+            raise InputError(
+                f"expected every use with the weight [O, I] of the first {list(shape)}, "
+                f"got {[d[u].shape[-1], a[u].shape[-1]]}"
+            )
+        if a[u].ndim == 2:
+            a[u], d[u] = a[u].unsqueeze(1), d[u].unsqueeze(1)
+    return shape
+
+
+def _convolution_shape(a: list[Tensor], d: list[Tensor], convolution: Convolution) -> tuple[int, int, int, int]:
+    positive = (*convolution.kernel_size, *convolution.stride, *convolution.dilation, convolution.groups)
+    if min(positive) < 1 or min(convolution.padding) < 0:
+        raise InputError(f"expected kernel, stride, dilation and groups from 1 and padding from 0, got {convolution}")
+    for name, tensors in (("inputs [S, C, H, W]", a), ("output_grads [S, O, OH, OW]", d)):
+        for tensor in tensors:
+            if tensor.ndim != 4:
+                raise InputError(f"expected {name} with convolution, got {list(tensor.shape)}")
+            if tensor.shape[1] % convolution.groups or tensor.shape[1] != tensors[0].shape[1]:
+                raise InputError(
+                    f"expected {name} with {tensors[0].shape[1]} channels divisible by groups = "
+                    f"{convolution.groups}, got {tensor.shape[1]}"
+                )
+    return (d[0].shape[1], a[0].shape[1] // convolution.groups, *convolution.kernel_size)
+
+
+def _values(convolution: Convolution | None) -> tuple[int, ...] | None:
+    if convolution is None:
+        return None
+    c = convolution
+    return (*c.kernel_size, *c.stride, *c.padding, *c.dilation, c.groups)
+
+
+def _empty_maps(numel: int, signed: bool, wanted: bool) -> list[Tensor]:
+    count = (5 if signed else 2) if wanted else 0
+    return [torch.empty(numel, dtype=torch.float64) for _ in range(count)]
+
+
+def _in_weight_order(flat: Tensor, shape: tuple[int, ...], native: _C.GradientMoments) -> Tensor:
+    if native.depthwise:
+        return flat.view(*shape[2:], *shape[:2]).permute(2, 3, 0, 1).contiguous()
+    if native.taps_first:
+        return flat.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
+    return flat.view(shape)
+
+
+def _reduced(
+    sums: tuple[float, ...],
+    exponent: int,
+    group_size: int,
+    numel: int,
+    groups: int,
+    signed: bool,
+    maps: list[Tensor],
+) -> GradientMoments:
+    live, inverse, ratio, sigma, mean, *rest = sums
+    log_unit = -exponent * math.log(2) - math.log(group_size)
+    unit = math.ldexp(1.0, -exponent) / group_size
+    return GradientMoments(
+        numel=numel,
+        dead=numel - round(live),
+        log_sum_inverse_sigma=_log(inverse) - log_unit if live else None,
+        log_sum_mean_over_sigma=_log(ratio) if live else None,
+        mean_sigma=sigma / numel * unit,
+        mean_abs_gradient=mean / numel * unit,
+        signed=_reduced_signed(rest, unit, numel, groups) if signed else None,
+        maps=MomentMaps(*maps) if maps else None,
+    )
+
+
+def _reduced_signed(sums: list[float], unit: float, numel: int, groups: int) -> SignedMoments:
+    live, ratio, mean, square, sigma, signs = sums
+    return SignedMoments(
+        dead=numel - round(live),
+        mean_signal_to_noise=ratio / live if live else None,
+        mean_abs_mean=mean / numel * unit,
+        mean_squared_mean=square / numel * unit * unit,
+        mean_sigma=sigma / numel * unit,
+        sign_agreement=signs / numel / groups,
+    )
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan

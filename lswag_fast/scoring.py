@@ -1,0 +1,231 @@
+"""`score`: the L-SWAG score of one network on one batch of images."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backends import resolve_device
+from .capture import Plan, Sandbox, trace
+from .capture import run as run_capture
+from .capture.probe import probe
+from .capture.sandbox import check_device, preserved
+from .capture.trace import describe, take
+from .errors import InputError
+from .options import Numerator, Pooling, ScoreOptions
+from .proxies.lswag import Counts, LswagResult, LswagStatistics, PatternSaturation, percentile
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def score(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    groups: int | None = None,
+    loss: Loss | None = None,
+    window: tuple[int, int] = (0, 100),
+    pooling: Pooling = "union",
+    pattern_samples: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    numerator: Numerator = "one",
+    patterns_inside_window: bool = False,
+    extra_parameters: Sequence[str] = (),
+) -> LswagResult:
+    """Returns the L-SWAG score of `model` (Casarin et al., CVPR 2025, equations 1, 6, 7, 8).
+
+    The model is left as it was: parameters, gradients, buffers, modes, random states and torch's settings.
+
+    Args:
+        model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
+            normalisation keeps its mode, and couples the samples where it normalises by the batch.
+        images: [S, ...] floating-point, S from 2 to 1024, on the CPU.
+        labels: [S] integer classes for the default loss (None: drawn from `seed`), or whatever `loss` takes.
+        groups: G, the number of gradient groups that sigma is taken over; must divide S. None: one a sample (2
+            where samples are coupled).
+        loss: a callable (output, labels) -> [S], one loss a sample. None: cross-entropy of logits [S, classes].
+        window: the first and last percentile of depth that Lambda sums over; Psi counts up to its end.
+        pooling: "union" counts distinct patterns over all activations, "sum" adds their counts.
+        pattern_samples: count patterns over the first k samples only. None: all.
+        dtype: "float32" (IEEE), "bfloat16", or "auto": bfloat16 where the processor multiplies it natively.
+        device: "cpu", or "auto".
+        seed: of the labels, where none are given.
+        numerator: "one" (L-SWAG) or "mean" (ZiCo's mean of |g| over sigma).
+        patterns_inside_window: count Psi inside the window only.
+        extra_parameters: names of parameters to score as layers too (biases, norms, embeddings), by the slow path.
+
+    Raises:
+        InputError: the arguments do not fit the model or each other; nothing has been computed then.
+        ScoreError: a loss is not finite, or the model cannot be captured.
+    """
+    options = ScoreOptions(
+        groups=groups,
+        window=window,
+        pooling=pooling,
+        pattern_samples=pattern_samples,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        numerator=numerator,
+        patterns_inside_window=patterns_inside_window,
+        extra_parameters=tuple(extra_parameters),
+    )
+    start = time.perf_counter()
+    check_images(images, resolve_device(device))
+    samples = images.shape[0]
+    resolved = options.resolved(samples)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {describe(model)}")
+    check_device(model, resolved.device)
+    loss_or_default: Loss = loss if loss is not None else CrossEntropy()
+    if loss is not None and isinstance(labels, Tensor) and (labels.dim() == 0 or labels.shape[0] != samples):
+        raise InputError(f"expected labels [S, ...] with the S of images ({samples}), got {list(labels.shape)}")
+    with preserved(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sandbox = Sandbox(model, getattr(torch, resolved.dtype))
+        placeholder = torch.zeros(samples, dtype=torch.long) if loss is None else labels
+        plan = trace(sandbox, images, placeholder, loss_or_default, resolved.extra_parameters)
+        if plan.coupled is not None:
+            resolved = options.resolved(samples, coupled=True)
+        if isinstance(loss_or_default, CrossEntropy):
+            labels = class_labels(labels, samples, loss_or_default.classes, seed)
+        probe(plan, sandbox, take(images, 2))
+        plan.restrict(lambda i: window[0] <= percentile(i + 1, len(plan.layers)) <= window[1])
+        statistics = LswagStatistics(plan, resolved, samples)
+        assert resolved.groups is not None
+        run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
+        result = _result(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
+    if result.uncovered:
+        warnings.warn(f"{result.warnings[0]}", stacklevel=2)
+    return result
+
+
+def check_images(images: Tensor, device: str) -> None:
+    """Raises InputError unless `images` is a finite floating-point tensor [S, ...] on `device`, S at least 1."""
+    if not isinstance(images, Tensor) or images.dim() < 2 or not images.is_floating_point():
+        what = describe(images) + (f" of {images.dtype}" if isinstance(images, Tensor) else "")
+        raise InputError(f"images must be a floating-point tensor [S, channels, height, width], got {what}")
+    if images.shape[0] == 0:
+        raise InputError("images holds no image; a score needs at least 2")
+    if images.device.type != torch.device(device).type:
+        raise InputError(f"images are on {images.device}, but the score runs on {device}; move them there")
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite).flatten().tolist()
+        shown = ", ".join(str(i) for i in bad[:5]) + (" ..." if len(bad) > 5 else "")
+        raise InputError(f"images must be finite, but NaN or Inf is in image {shown}; leave it out or mend it")
+
+
+class CrossEntropy:
+    """The default loss: cross-entropy of logits [S, classes], one value a sample, in float32."""
+
+    classes = 0
+
+    def __call__(self, output: Any, labels: Tensor) -> Tensor:
+        """Returns [S] losses; raises InputError where the output holds no logits [S, classes]."""
+        logits = logits_of(output)
+        self.classes = logits.shape[1]
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns the logits [S, classes] of a model's output: itself, its `.logits`, or the first of a tuple."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, dict) and "logits" in logits:
+        logits = logits["logits"]
+    if isinstance(logits, tuple | list) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise InputError(
+            f"the default loss, cross-entropy, takes logits [S, classes] of two or more classes, but the model "
+            f"returns {describe(logits)}; pass loss=callable(output, labels) that returns one loss a sample, [S]"
+        )
+    return logits
+
+
+def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -> Tensor:
+    """Returns labels [S] int64: those given, checked, or uniform ones drawn from `seed` on the CPU."""
+    if labels is None:
+        return torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(seed))
+    if not isinstance(labels, Tensor):
+        labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex() or tuple(labels.shape) != (samples,):
+        raise InputError(
+            f"expected integer labels [S] with the S of images ({samples}), got {list(labels.shape)} of {labels.dtype}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes, got {low} to {high}")
+    return labels.long()
+
+
+def _result(
+    plan: Plan,
+    statistics: LswagStatistics,
+    resolved: ScoreOptions,
+    asked: ScoreOptions,
+    caught: list[str],
+    start: float,
+) -> LswagResult:
+    rows = statistics.rows()
+    psi, by_activation = statistics.patterns()
+    saturation = statistics.saturation(psi)
+    trainability = statistics.trainability(rows)
+    window_layers = [row for row in rows if row.in_window]
+    return LswagResult(
+        lswag=trainability * psi,
+        trainability=trainability,
+        expressivity=psi,
+        pattern_saturation=saturation,
+        counts=Counts(
+            parameters=plan.parameters,
+            multiply_adds=plan.multiply_adds,
+            sum_log_numel=float(torch.tensor([row.numel for row in window_layers], dtype=torch.float64).log().sum()),
+            positions=sum(statistics.positions()),
+        ),
+        layers=rows,
+        patterns_by_activation=by_activation,
+        uncovered=plan.uncovered,
+        warnings=tuple(_messages(plan, resolved, asked, rows, saturation)) + tuple(dict.fromkeys(caught)),
+        seconds=time.perf_counter() - start,
+        options=resolved.to_dict(),
+    )
+
+
+def _messages(
+    plan: Plan, resolved: ScoreOptions, asked: ScoreOptions, rows: Sequence[Any], saturation: PatternSaturation
+) -> list[str]:
+    messages = []
+    if plan.uncovered:
+        messages.append(f"weights that are not covered and not in the score: {', '.join(plan.uncovered)}")
+    if plan.coupled is not None:
+        notice = f"samples are coupled by {plan.coupled}: each of the {resolved.groups} groups took its own pass"
+        messages.append(notice + ("" if asked.groups is not None else "; groups=2 was chosen"))
+    slow = [row for row in rows if row.slow is not None]
+    if slow and plan.coupled is None:
+        reasons = "; ".join(f"{row.name}: {row.slow}" for row in slow)
+        messages.append(f"{len(slow)} weights took one forward and backward pass a group ({reasons})")
+    dead = [row.name for row in rows if row.dead == row.numel]
+    if dead:
+        messages.append(f"layers of dead weights alone, which add nothing: {', '.join(dead)}")
+    if saturation.bound is not None:
+        other = "samples in the batch" if saturation.bound == "samples" else "positions in the network"
+        messages.append(
+            f"Psi is at {saturation.ratio:.3f} of its bound by the number of {other} and tells networks apart by "
+            f"little else; pattern_samples of 18 to 24 often lies between both bounds"
+        )
+    lost = sum(a.axis is None for a in plan.activations)
+    if lost:
+        messages.append(f"{lost} activations are not counted in Psi: their sample axis cannot be told")
+    if not plan.activations:
+        messages.append("no ReLU, GELU, SiLU or Hardswish activation was found, so Psi and the score are 0")
+    return messages
