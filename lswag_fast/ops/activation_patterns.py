@@ -86,7 +86,9 @@ def activate_and_pack(
     pre = _tensor(pre, "pre")
     count = _sample_count(pre, samples, 0)
     if inplace and any(stride == 0 and size > 1 for stride, size in zip(pre.stride(), pre.shape, strict=True)):
-        raise InputError("inplace needs a tensor whose elements do not overlap, got an expanded one; call .clone() first")
+        raise InputError(
+            "inplace needs a tensor whose elements do not overlap, got an expanded one; call .clone() first"
+        )
     post = pre if inplace else torch.empty_like(pre)
     words, _ = _words_for(pre, None, count)
     _C.pack_signs(pre, post, words, 1 + ACTIVATIONS.index(kind), 0, count, False, torch.get_num_threads())
