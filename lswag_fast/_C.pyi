@@ -6,6 +6,36 @@ def cpu_path() -> str: ...
 def cpu_has_bf16() -> bool: ...
 def build_info() -> str: ...
 def cuda_kernels() -> bool: ...
+def relative_attention_forward_bytes(
+    qkv: Any, tables: Sequence[Any], layout: tuple[int, int, int], threads: int, /
+) -> int: ...
+def relative_attention_backward_bytes(
+    qkv: Any, tables: Sequence[Any], layout: tuple[int, int, int], threads: int, table_grads: bool, /
+) -> int: ...
+def relative_attention_forward(
+    qkv: Any,
+    tables: Sequence[Any],
+    layout: tuple[int, int, int],
+    scale: float,
+    threads: int,
+    out: Any,
+    softmax: Any,
+    workspace: Any,
+    /,
+) -> None: ...
+def relative_attention_backward(
+    qkv: Any,
+    tables: Sequence[Any],
+    layout: tuple[int, int, int],
+    scale: float,
+    threads: int,
+    softmax: Any,
+    grad_out: Any,
+    grad_qkv: Any,
+    table_grads: Sequence[Any],
+    workspace: Any,
+    /,
+) -> None: ...
 
 class GradientMoments:
     def __init__(

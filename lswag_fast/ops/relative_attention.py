@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import InputError
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def relative_attention(
@@ -27,7 +32,7 @@ def relative_attention(
 
     No T x T x D tensor is built: what the tables add to the scores of a query at row r is a slice of its products
     with the 2L+2 table rows, and what they add to its output is the probabilities summed over each row and each column
-    of the key grid, times the tables. The gradient recomputes the probabilities from one number a query.
+    of the key grid, times the tables. The gradient recomputes the probabilities from two numbers a query.
 
     Args:
         qkv: Queries, keys and values of `T = 1 + rows * columns` tokens, the class token first, head-major in each
@@ -56,7 +61,13 @@ def relative_attention(
         )
         return result
     _check(qkv, key_tables, value_tables, heads, grid, scale)
-    return relative_attention_torch(qkv, key_tables, value_tables, heads=heads, grid=grid, scale=scale)
+    native = qkv.dtype in _NATIVE_DTYPES and qkv.device.type in ("cpu", "meta")
+    if not native or torch._C._are_functorch_transforms_active():
+        return relative_attention_torch(qkv, key_tables, value_tables, heads=heads, grid=grid, scale=scale)
+    factor = _head_dim(qkv, heads) ** -0.5 if scale is None else float(scale)
+    tables = [table.to(qkv.dtype) for table in tensors[1:]]
+    output: Tensor = _RelativeAttention.apply(qkv, *tables, (heads, *grid), factor)  # type: ignore[no-untyped-call]
+    return output
 
 
 def relative_attention_torch(
@@ -159,3 +170,54 @@ def _check_tables(name: str, tables: tuple[Tensor, Tensor], head_dim: int, devic
             )
         if table.device != device:
             raise InputError(f"expected {name} on the device of qkv ({device}), got {table.device}; move them there")
+
+
+class _RelativeAttention(torch.autograd.Function):
+    """The native kernels; on the meta device only their shapes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        key_vertical: Tensor,
+        key_horizontal: Tensor,
+        value_vertical: Tensor,
+        value_horizontal: Tensor,
+        layout: tuple[int, int, int],
+        scale: float,
+    ) -> Tensor:
+        samples, tokens, width = qkv.shape
+        qkv = qkv.detach().contiguous()
+        tables = [t.detach().contiguous() for t in (key_vertical, key_horizontal, value_vertical, value_horizontal)]
+        out = qkv.new_empty(samples, tokens, width // 3)
+        softmax = qkv.new_empty(samples, layout[0], tokens, 2, dtype=torch.float32)
+        if qkv.device.type == "cpu" and samples > 0:
+            from .. import _C
+
+            threads = torch.get_num_threads()
+            size = _C.relative_attention_forward_bytes(qkv, tables, layout, threads)
+            workspace = torch.empty(size, dtype=torch.uint8)
+            _C.relative_attention_forward(qkv, tables, layout, scale, threads, out, softmax, workspace)
+        ctx.save_for_backward(qkv, softmax, *tables)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, softmax, *tables = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:5]
+        grad_qkv = torch.empty_like(qkv)
+        grad_tables = [torch.zeros_like(table) for table in tables] if any(wanted) else []
+        if qkv.device.type == "cpu" and qkv.shape[0] > 0:
+            from .. import _C
+
+            threads = torch.get_num_threads()
+            size = _C.relative_attention_backward_bytes(qkv, tables, ctx.layout, threads, any(wanted))
+            workspace = torch.empty(size, dtype=torch.uint8)
+            grad_out = grad_out.detach().contiguous()
+            _C.relative_attention_backward(
+                qkv, tables, ctx.layout, ctx.scale, threads, softmax, grad_out, grad_qkv, grad_tables, workspace
+            )
+        kept = [g if w else None for g, w in zip(grad_tables, wanted, strict=True)] if grad_tables else [None] * 4
+        return grad_qkv, *kept, None, None
