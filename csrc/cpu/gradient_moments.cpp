@@ -36,12 +36,6 @@ int thread_number() {
 #endif
 }
 
-// Whether a step of k is a pair of rows.
-template <typename Packed>
-constexpr bool kPairs = false;
-template <>
-constexpr bool kPairs<uint32_t> = true;
-
 // How the weight is cut into blocks, and what of each lies where in a thread's memory.
 struct Blocking {
     int64_t row_tiles, column_tiles;              // of the weight (of one channel group)
