@@ -114,12 +114,8 @@ class LswagStatistics:
         """Packs the signs of post [s, ...], which holds the samples from `first_sample` on."""
         count = min(post.shape[0], self._pattern_samples - first_sample)
         if count > 0:
-            self._words[activation.call] = pack_signs(
-                post[:count],
-                words=self._words.get(activation.call),
-                first_sample=first_sample,
-                samples=self._pattern_samples,
-            )
+            words = self._words.get(activation.call)
+            self._words[activation.call] = pack_signs(post, words=words, first_sample=first_sample, samples=count)
 
     def weight(
         self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None
