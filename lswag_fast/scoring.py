@@ -19,7 +19,8 @@ from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .errors import InputError
 from .options import Numerator, Pooling, ScoreOptions
-from .proxies.lswag import Counts, LswagResult, LswagStatistics, PatternSaturation, percentile
+from .proxies.lswag import LswagStatistics, percentile
+from .proxies.result import Counts, LswagResult, PatternSaturation
 
 Loss = Callable[[Any, Any], Tensor]
 

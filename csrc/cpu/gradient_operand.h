@@ -25,6 +25,15 @@ struct RowTable {
     int32_t x[kChunkRows];
 };
 
+inline void place_line(const GradientOperand& operand, int64_t y, int64_t x, int64_t row, int64_t count,
+                       RowTable& table) {
+    const PlaneAxis &down = operand.axes[0], &across = operand.axes[1];
+    for (int64_t i = 0; i < count; ++i) {
+        table.y[row + i] = static_cast<int32_t>(y * down.row_step - down.pad);
+        table.x[row + i] = static_cast<int32_t>((x + i) * across.row_step - across.pad);
+    }
+}
+
 // Lists `count` <= kChunkRows rows from row `begin` on, counted through the samples from `sample` on.
 inline void list_rows(const GradientOperand& operand, int64_t rows_a_sample, int64_t sample, int64_t begin,
                       int64_t count, RowTable& table) {
@@ -36,15 +45,16 @@ inline void list_rows(const GradientOperand& operand, int64_t rows_a_sample, int
         rest /= operand.row_shape[d];
     }
     table.count = count;
-    for (int64_t row = 0; row < count; ++row) {
+    const int last = operand.row_dims - 1;
+    for (int64_t row = 0; row < count;) {
         int64_t offset = operand.offset + sample * operand.sample_stride;
-        for (int d = 0; d < operand.row_dims; ++d) offset += index[d] * operand.row_strides[d];
-        table.offset[row] = offset;
-        if (operand.padded) {
-            table.y[row] = static_cast<int32_t>(index[0] * operand.axes[0].row_step - operand.axes[0].pad);
-            table.x[row] = static_cast<int32_t>(index[1] * operand.axes[1].row_step - operand.axes[1].pad);
-        }
-        int d = operand.row_dims - 1;
+        for (int d = 0; d <= last; ++d) offset += index[d] * operand.row_strides[d];
+        const int64_t left = operand.row_shape[last] - index[last], line = left < count - row ? left : count - row;
+        for (int64_t i = 0; i < line; ++i) table.offset[row + i] = offset + i * operand.row_strides[last];
+        if (operand.padded) place_line(operand, index[0], index[1], row, line, table);
+        row += line;
+        index[last] = 0;
+        int d = last - 1;
         while (d >= 0 && ++index[d] == operand.row_shape[d]) index[d--] = 0;
         if (d < 0) ++sample;
     }

@@ -18,7 +18,7 @@ from .. import scoring
 from ..backends import resolve_device
 from ..errors import InputError, StoreError
 from ..options import ScoreOptions
-from ..proxies.lswag import LswagResult
+from ..proxies.result import LswagResult
 from ..records import Record
 from ..store import Store
 from .identity import Context, describe_loss

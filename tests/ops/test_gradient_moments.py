@@ -236,6 +236,15 @@ def test_magnitudes_may_differ_within_a_layer(dtype: torch.dtype) -> None:
     assert_holds(moments, linear_gradients([a], [d], 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rest", "outlier"), [(1e-20, 1e10), (0.0, 1e-30)])
+def test_magnitudes_that_few_gradients_have_are_seen(dtype: torch.dtype, rest: float, outlier: float) -> None:
+    a, d = normal(0, 4, 64, 50).to(dtype), normal(1, 4, 64, 40) * rest
+    d[:, 62:, 37:] = normal(2, 4, 2, 3) * outlier
+    moments = gradient_moments(a, d.to(dtype), maps=True)
+    assert_holds(moments, linear_gradients([a], [d.to(dtype)], 4))
+
+
 def test_gradients_that_are_not_finite_give_nan() -> None:
     a, d = normal(0, 4, 3, 10), normal(1, 4, 3, 6)
     d[2, 1, 4] = math.inf
