@@ -3,18 +3,18 @@
 Bytes moved at least: the fused activation reads and writes every value once and writes 8 * ceil(S / 64) bytes a
 position; packing alone only reads; counting reads the words once. The floor is these bytes at the rate of a copy
 measured in the same run, and the share is floor / time. Beside it stands torch's GELU, so that "beyond torch" is what
-patterns cost a score on top of the activation that it computes anyway.
+patterns cost a score on top of the activation that it computes anyway. Times are the fastest of nine
+rounds, of the wall and of the processor (threads that wait for one another count as busy).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 
 import pytest
 import torch
 from conftest import Show
+from measure import Rounds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,39 +26,29 @@ LAYERS, TOKENS, WIDTH = 13, 197, 800
 ROUNDS = 9
 
 
-def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(t) for name, t in times.items()}
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("samples", SAMPLES)
 def test_patterns_of_a_score(samples: int, dtype: str, show: Show) -> None:
     generator = torch.Generator().manual_seed(0)
-    # One layer's values serve all thirteen; their words differ, as those of a network do.
-    layer = torch.randn(samples, TOKENS, WIDTH, generator=generator).to(DTYPES[dtype])
-    out = torch.empty_like(layer)
-    words = [ap.pack_signs(layer.roll(n, 2) - 0.1 * n) for n in range(LAYERS)]
-
-    def layers(call: Callable[[], object]) -> Callable[[], object]:
-        return lambda: [call() for _ in range(LAYERS)]
-
-    times = milliseconds(
+    shape = (samples, TOKENS, WIDTH)
+    layers = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(LAYERS)]
+    out = torch.empty_like(layers[0])
+    words = [ap.pack_signs(layer) for layer in layers]
+    rounds = Rounds(
         {
-            "copy": layers(lambda: out.copy_(layer)),
-            "torch GELU": layers(lambda: F.gelu(layer)),
-            "GELU and pack": layers(lambda: ap.activate_and_pack(layer, "gelu")),
-            "pack": layers(lambda: ap.pack_signs(layer)),
+            "copy": lambda: [out.copy_(layer) for layer in layers],
+            "torch GELU": lambda: [F.gelu(layer) for layer in layers],
+            "GELU and pack": lambda: [ap.activate_and_pack(layer, "gelu") for layer in layers],
+            "pack": lambda: [ap.pack_signs(layer) for layer in layers],
             "count": lambda: ap.count_patterns(words, samples),
-        }
+        },
+        "cpu",
     )
-    values = LAYERS * layer.numel() * layer.element_size()
+    for _ in range(ROUNDS):
+        rounds()
+    times = {name: 1e3 * min(seconds) for name, seconds in rounds.wall.items()}
+    processor = {name: 1e3 * min(seconds) for name, seconds in rounds.processor.items()}
+    values = LAYERS * out.numel() * out.element_size()
     word_bytes = LAYERS * TOKENS * WIDTH * 8 * ap.words_per_pattern(samples)
     moved = {
         "torch GELU": 2 * values,
@@ -67,14 +57,15 @@ def test_patterns_of_a_score(samples: int, dtype: str, show: Show) -> None:
         "count": word_bytes,
     }
     rate = 2 * values / times["copy"]
-    rows = [
-        [name, f"{size / 1e6:.0f}", f"{times[name]:.2f}", f"{size / rate:.2f}", f"{size / rate / times[name]:.0%}"]
-        for name, size in moved.items()
-    ]
-    beyond = times["GELU and pack"] - times["torch GELU"] + times["count"]
-    rows.append(["beyond torch's GELU", "", f"{beyond:.2f}", "", ""])
+    rows = []
+    for name, size in moved.items():
+        floor = size / rate
+        share = f"{floor / times[name]:.0%}"
+        rows.append([name, f"{size / 1e6:.0f}", f"{times[name]:.2f}", f"{processor[name]:.2f}", f"{floor:.2f}", share])
+    beyond = [t["GELU and pack"] - t["torch GELU"] + t["count"] for t in (times, processor)]
+    rows.append(["beyond torch's GELU", "", f"{beyond[0]:.2f}", f"{beyond[1]:.2f}", "", ""])
     title = f"patterns, {dtype}, S = {samples}, {torch.get_num_threads()} threads, copy {rate / 1e6:.1f} GB/s"
-    show(title, ["", "MB", "ms", "floor ms", "share"], rows)
+    show(title, ["", "MB", "ms", "processor ms", "floor ms", "share"], rows)
 
 
 @pytest.mark.parametrize("samples", SAMPLES)
