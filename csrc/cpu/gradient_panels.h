@@ -64,6 +64,9 @@ struct PanelWriter {
     template <typename Element>
     void fetch_row(int64_t row, Element* line) const {
         for (int m = 0; m < Width; ++m) line[m] = 0;
+        // Pieces of lines far apart: their latency is all there is to this, and no hardware prefetcher sees them coming.
+        const int64_t ahead = row + 16 < rows.count ? row + 16 : row;
+        for (int r = 0; r < run_count; ++r) __builtin_prefetch(base + rows.offset[ahead] + runs[r].offset);
         for (int r = 0; r < run_count; ++r)
             if (inside(operand, rows, row, runs[r]))
                 convert_run<Width>(base + rows.offset[row] + runs[r].offset, runs[r].length, scale,
@@ -146,7 +149,9 @@ struct PanelWriter {
     }
 
     vuint read_along(const ColumnRun& column, int64_t row, const float*) const {
-        const vuint values = bits_of(load_float(base + rows.offset[row] + column.offset) * splat(scale));
+        const Source* const source = base + rows.offset[row] + column.offset;
+        __builtin_prefetch(source + 2 * kLanes);
+        const vuint values = bits_of(load_float(source) * splat(scale));
         return operand.padded ? values & inside_mask(column, row) : values;
     }
 
