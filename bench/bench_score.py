@@ -6,7 +6,7 @@ The baseline is the published formulation in float32, every parameter trained. R
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +23,34 @@ from lswag_fast import backends, scoring
 from lswag_fast.proxies import lswag
 
 SAMPLES = 16
-ROUNDS = 15
-ROUNDS_OF_SLOW_METHODS = 3
-THREADS = 2
 SCRIPT = Path(score_methods.__file__)
 HEADS = ("", "median s", "x plain pass", "fastest / fastest", "share of floor")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_score_beside_plain_passes(benchmark: BenchmarkFixture, device: str, show: Show) -> None:
+def test_score_beside_plain_passes(benchmark: BenchmarkFixture, device: str, rounds: int, show: Show) -> None:
     missing = _no_kernels(device)
     names = PLAIN if missing else (*PLAIN, *SCORES)
     subject = Subject(SAMPLES, device)
     floors = {dtype: _floor_seconds(subject, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    methods = _measured(benchmark, subject, names, ROUNDS)
+    methods = _measured(benchmark, subject, names, rounds)
     for name, row in methods.items():
         dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
         row["share_of_floor"] = floors[dtype] / row["median_seconds"]
     _report("score", device, show, methods, {"floor_seconds": {str(d)[6:]: s for d, s in floors.items()}}, missing)
 
 
-def test_other_ways_to_per_sample_gradients(benchmark: BenchmarkFixture, device: str, show: Show) -> None:
+def test_other_ways_to_per_sample_gradients(benchmark: BenchmarkFixture, device: str, rounds: int, show: Show) -> None:
     missing = _no_kernels(device)
     names = [BASELINE, *([] if missing else SCORES), *PACKAGES]
     subject = Subject(SAMPLES, device)
     names = [name for name in names if name not in ("Opacus", "BackPACK") or _installed(name)]
-    methods = _measured(benchmark, subject, names, ROUNDS_OF_SLOW_METHODS)
+    methods = _measured(benchmark, subject, names, max(1, rounds // 5))
     _report("per-sample-gradients", device, show, methods, {}, missing)
 
 
-def test_peak_memory(benchmark: BenchmarkFixture, device: str, show: Show) -> None:
+def test_peak_memory(benchmark: BenchmarkFixture, device: str, threads: int, show: Show) -> None:
     if device == "cuda":
         pytest.skip("the peak of resident memory says nothing about a GPU")
     names = [BASELINE, *SCORES, *OWN, *(n for n in PACKAGES if n not in ("Opacus", "BackPACK") or _installed(n))]
@@ -69,7 +58,7 @@ def test_peak_memory(benchmark: BenchmarkFixture, device: str, show: Show) -> No
 
     def all_methods() -> None:
         for name in names:
-            peaks[name] = measure.in_fresh_process(SCRIPT, name, str(SAMPLES), str(THREADS)) / measure.MIB
+            peaks[name] = measure.in_fresh_process(SCRIPT, name, str(SAMPLES), str(threads)) / measure.MIB
 
     benchmark.pedantic(all_methods, rounds=1)
     methods = {n: {"peak_mib": peak, "ratio": peak / peaks[BASELINE]} for n, peak in peaks.items()}
@@ -125,7 +114,7 @@ def _report(
     columns = ("median_seconds", "ratio", "ratio_of_fastest", "share_of_floor")
     rows = [(n, *(f"{m[c]:.3f}" if c in m else "" for c in columns)) for n, m in methods.items()]
     rows += [(name, missing, "", "", "") for name in SCORES if missing]
-    show(f"S = G = {SAMPLES}, {THREADS} threads, {path.name}", HEADS, rows)
+    show(f"S = G = {SAMPLES}, {torch.get_num_threads()} threads, {path.name}", HEADS, rows)
 
 
 def _shapes() -> dict[str, Any]:

@@ -73,8 +73,15 @@ def pack_signs(
     accumulate: bool,
     threads: int,
 ) -> None: ...
-def count_patterns_by_bitmap(
-    words: Sequence[Any], samples: int, workspace: Any, threads: int
+def count_patterns_by_tags(
+    words: Sequence[Any],
+    samples: int,
+    bits: int,
+    patterns: Any,
+    ends: Any,
+    histograms: Any,
+    tags: Any,
+    threads: int,
 ) -> tuple[int, list[int]]: ...
 def partition_patterns(
     words: Sequence[Any], samples: int, bits: int, patterns: Any, ends: Any, histograms: Any, threads: int

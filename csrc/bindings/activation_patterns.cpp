@@ -91,29 +91,13 @@ void pack(const py::object& pre, const py::object& post, const py::object& words
 
 using Counts = std::pair<int64_t, std::vector<int64_t>>;
 
-Counts count_small(const py::sequence& arrays, int64_t samples, const py::object& workspace, int threads) {
-    Words words(arrays, samples);
-    require(samples < 32, "a bitmap of all patterns is for fewer than 32 samples");
-    const int64_t entries = samples > 6 ? int64_t{1} << (samples - 6) : 1;
-    Counts counts(0, words.positions.size());
-    BitmapCount task;
-    task.set = words.set();
-    task.bitmaps = word_buffer(words.borrowed, workspace, (threads + 1) * entries, "workspace");
-    task.by_activation = counts.second.data();
-    task.of_all = &counts.first;
-    task.threads = threads;
-    const py::gil_scoped_release release;
-    select_count_by_bitmap()(task);
-    return counts;
-}
-
-PatternPartition partition_task(Words& words, int bits, const py::object& patterns, const py::object& ends,
-                                int threads) {
+PatternPartition partition_task(Words& words, int bits, const py::object& patterns, int64_t kept_words,
+                                const py::object& ends, int threads) {
     require(bits >= 0 && bits < 32, "too many partitions");
     PatternPartition task;
     task.set = words.set();
     task.bits = bits;
-    task.patterns = word_buffer(words.borrowed, patterns, words.total * width(words.samples), "patterns");
+    task.patterns = word_buffer(words.borrowed, patterns, kept_words, "patterns");
     task.ends = buffer(words.borrowed, ends, task.set.activations << bits, "ends");
     task.histograms = nullptr;
     task.threads = threads;
@@ -140,11 +124,31 @@ int64_t slots_needed(const PatternPartition& task) {
 int64_t partition(const py::sequence& arrays, int64_t samples, int bits, const py::object& patterns,
                   const py::object& ends, const py::object& histograms, int threads) {
     Words words(arrays, samples);
-    PatternPartition task = partition_task(words, bits, patterns, ends, threads);
+    PatternPartition task = partition_task(words, bits, patterns, words.total * width(samples), ends, threads);
     task.histograms = buffer(words.borrowed, histograms, int64_t{threads} << bits, "histograms");
     const py::gil_scoped_release release;
     select_partition_patterns()(task);
     return slots_needed(task);
+}
+
+Counts count_by_tags(const py::sequence& arrays, int64_t samples, int bits, const py::object& patterns,
+                     const py::object& ends, const py::object& histograms, const py::object& tags, int threads) {
+    Words words(arrays, samples);
+    require(bits >= 0 && bits <= samples && samples - bits <= 16, "a partition may leave 16 bits of a pattern");
+    require(words.positions.size() < 65536, "tags are for fewer than 65536 activations");
+    Counts counts(0, words.positions.size());
+    std::vector<int64_t> thread_counts(threads * (words.positions.size() + 1));
+    TagCount task;
+    task.partition = partition_task(words, bits, patterns, (words.total + 3) / 4, ends, threads);
+    task.partition.histograms = buffer(words.borrowed, histograms, int64_t{threads} << bits, "histograms");
+    const int64_t numel = ((int64_t{threads} << (samples - bits)) + 3) / 4;
+    task.tags = reinterpret_cast<uint16_t*>(buffer(words.borrowed, tags, numel, "tags"));
+    task.counts = thread_counts.data();
+    task.by_activation = counts.second.data();
+    task.of_all = &counts.first;
+    const py::gil_scoped_release release;
+    select_count_by_tags()(task);
+    return counts;
 }
 
 Counts count_partitioned(const py::sequence& arrays, int64_t samples, int bits, const py::object& patterns,
@@ -153,7 +157,7 @@ Counts count_partitioned(const py::sequence& arrays, int64_t samples, int bits, 
     Words words(arrays, samples);
     Counts counts(0, words.positions.size());
     PartitionCount task;
-    task.partition = partition_task(words, bits, patterns, ends, threads);
+    task.partition = partition_task(words, bits, patterns, words.total * width(samples), ends, threads);
     require(slots >= slots_needed(task.partition), "too few slots for the largest partition");
     task.slots = slots;
     task.keys = word_buffer(words.borrowed, keys, threads * slots * width(samples), "keys");
@@ -185,8 +189,8 @@ void agreements(const py::sequence& arrays, int64_t samples, const py::object& c
 void register_activation_patterns(py::module_& m) {
     m.def("pack_signs", &pack, py::arg("pre"), py::arg("post"), py::arg("words"), py::arg("activation"),
           py::arg("first_sample"), py::arg("packed_samples"), py::arg("accumulate"), py::arg("threads"));
-    m.def("count_patterns_by_bitmap", &count_small, py::arg("words"), py::arg("samples"), py::arg("workspace"),
-          py::arg("threads"));
+    m.def("count_patterns_by_tags", &count_by_tags, py::arg("words"), py::arg("samples"), py::arg("bits"),
+          py::arg("patterns"), py::arg("ends"), py::arg("histograms"), py::arg("tags"), py::arg("threads"));
     m.def("partition_patterns", &partition, py::arg("words"), py::arg("samples"), py::arg("bits"), py::arg("patterns"),
           py::arg("ends"), py::arg("histograms"), py::arg("threads"));
     m.def("count_partitions", &count_partitioned, py::arg("words"), py::arg("samples"), py::arg("bits"),

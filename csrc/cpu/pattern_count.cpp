@@ -1,6 +1,6 @@
-// Counts distinct patterns exactly: by a bitmap of all patterns where there are few samples, else by hash sets over
-// partitions that fit in the L1 cache. Whole patterns are compared, so a collision of hashes costs time, never
-// exactness; a partition made to collide is sorted.
+// Counts distinct patterns exactly, in partitions that stay in the L1 cache: by a tag for each possible pattern of a
+// partition where there are few samples, else by hash sets. Those compare whole patterns, so a collision of hashes
+// costs time, never exactness; a partition made to collide is sorted.
 #include "lswag/activation_patterns.h"
 #include "pattern_set.h"
 
@@ -47,26 +47,50 @@ struct Patterns {
     uint64_t word(int64_t p, int64_t w) const {
         return words[w * positions + p] & (w + 1 == width() ? last_mask : ~uint64_t{0});
     }
+};
 
-    int64_t partition(int64_t p, int bits) const {
+// How a pattern is kept in a partition chosen by its hash: whole.
+template <int kWords>
+struct ByHash {
+    Patterns<kWords> patterns;
+    int bits;
+    uint64_t* out;
+
+    int64_t partition(int64_t p) const {
         uint64_t hash = 0;
-        for (int64_t w = 0; w < width(); ++w) hash = mix(hash, word(p, w));
+        for (int64_t w = 0; w < patterns.width(); ++w) hash = mix(hash, patterns.word(p, w));
         return partition_of(hash, bits);
+    }
+    void keep(int64_t p, int64_t at) const {
+        for (int64_t w = 0; w < patterns.width(); ++w) out[at * patterns.width() + w] = patterns.word(p, w);
     }
 };
 
-template <int kWords>
-void partition_activation(const PatternPartition& task, int64_t activation, uint64_t* out) {
-    const Patterns<kWords> patterns(task.set, activation);
+// How it is kept in a partition that is part of its value: a product with an odd number modulo 2^S is another name of
+// the pattern, of which the upper bits are the partition and the others are kept.
+struct ByValue {
+    Patterns<1> patterns;
+    int rest_bits;
+    uint16_t* out;
+
+    uint64_t name(int64_t p) const { return patterns.word(p, 0) * 0x9e3779b97f4a7c15u & patterns.last_mask; }
+    int64_t partition(int64_t p) const { return static_cast<int64_t>(name(p) >> rest_bits); }
+    void keep(int64_t p, int64_t at) const {
+        out[at] = static_cast<uint16_t>(name(p) & ((uint64_t{1} << rest_bits) - 1));
+    }
+};
+
+template <class Kind>
+void partition_activation(const PatternPartition& task, int64_t activation, Kind kind) {
+    const int64_t positions = task.set.positions[activation];
     const int64_t partitions = int64_t{1} << task.bits;
     int64_t* ends = task.ends + activation * partitions;
-#pragma omp parallel num_threads(task.threads) if (patterns.positions > 4 * partitions)
+#pragma omp parallel num_threads(task.threads) if (positions > 4 * partitions)
     {
         const Team team;
         int64_t* next = task.histograms + team.thread * partitions;
         for (int64_t k = 0; k < partitions; ++k) next[k] = 0;
-        for (int64_t p = team.begin(patterns.positions); p < team.end(patterns.positions); ++p)
-            ++next[patterns.partition(p, task.bits)];
+        for (int64_t p = team.begin(positions); p < team.end(positions); ++p) ++next[kind.partition(p)];
 #pragma omp barrier
 #pragma omp single
         for (int64_t k = 0, start = 0; k < partitions; ++k) {
@@ -77,10 +101,7 @@ void partition_activation(const PatternPartition& task, int64_t activation, uint
             }
             ends[k] = start;
         }
-        for (int64_t p = team.begin(patterns.positions); p < team.end(patterns.positions); ++p) {
-            uint64_t* to = out + patterns.width() * next[patterns.partition(p, task.bits)]++;
-            for (int64_t w = 0; w < patterns.width(); ++w) to[w] = patterns.word(p, w);
-        }
+        for (int64_t p = team.begin(positions); p < team.end(positions); ++p) kind.keep(p, next[kind.partition(p)]++);
     }
 }
 
@@ -88,7 +109,7 @@ template <int kWords>
 void partition_all(const PatternPartition& task) {
     uint64_t* out = task.patterns;
     for (int64_t a = 0; a < task.set.activations; ++a) {
-        partition_activation<kWords>(task, a, out);
+        partition_activation(task, a, ByHash<kWords>{Patterns<kWords>(task.set, a), task.bits, out});
         out += task.set.positions[a] * words_of(task.set);
     }
 }
@@ -135,6 +156,16 @@ int64_t count_partition(const PartitionCount& task, int64_t k, int64_t thread, i
     return sort.count(by_activation);
 }
 
+// Sums each thread's counts: of the activations, then of all.
+void sum_threads(const int64_t* counts, int threads, int64_t stride, int64_t activations, int64_t* by_activation,
+                 int64_t* of_all) {
+    for (int64_t a = 0; a <= activations; ++a) {
+        int64_t total = 0;
+        for (int64_t t = 0; t < threads; ++t) total += counts[t * stride + a];
+        (a < activations ? by_activation[a] : *of_all) = total;
+    }
+}
+
 template <int kWords>
 void count_all_partitions(const PartitionCount& task) {
     const int64_t activations = task.partition.set.activations;
@@ -152,43 +183,48 @@ void count_all_partitions(const PartitionCount& task) {
             for (int64_t a = 0; a < activations; ++a) counts[a] += of_partition[a];
         }
     }
-    for (int64_t a = 0; a <= activations; ++a) {
-        int64_t total = 0;
-        for (int64_t t = 0; t < threads; ++t) total += task.counts[t * stride + a];
-        (a < activations ? task.by_activation[a] : *task.of_all) = total;
+    sum_threads(task.counts, threads, stride, activations, task.by_activation, task.of_all);
+}
+
+// A pattern is new to an activation exactly when its tag is another's, and new to all when it has none.
+void count_tagged(const PatternPartition& task, int64_t k, const uint16_t* kept, uint16_t* tags, int64_t* counts) {
+    const int64_t partitions = int64_t{1} << task.bits;
+    __builtin_memset(tags, 0, sizeof(uint16_t) << (task.set.samples - task.bits));
+    for (int64_t a = 0, first = 0; a < task.set.activations; first += task.set.positions[a++]) {
+        const int64_t* ends = task.ends + a * partitions;
+        const auto tag = static_cast<uint16_t>(a + 1);
+        int64_t fresh = 0, untagged = 0;
+        for (int64_t p = k > 0 ? ends[k - 1] : 0; p < ends[k]; ++p) {
+            uint16_t& last = tags[kept[first + p]];
+            fresh += last != tag;
+            untagged += last == 0;
+            last = tag;
+        }
+        counts[a] += fresh;
+        counts[task.set.activations] += untagged;
     }
 }
 
 }  // namespace
 
-void count_by_bitmap(const BitmapCount& task) {
-    const int64_t entries = task.set.samples > 6 ? int64_t{1} << (task.set.samples - 6) : 1;
-    uint64_t* all = task.bitmaps + task.threads * entries;
-    for (int64_t e = 0; e < entries; ++e) all[e] = 0;
-    for (int64_t a = 0; a < task.set.activations; ++a) {
-        const Patterns<1> patterns(task.set, a);
-        int64_t distinct = 0;
-#pragma omp parallel num_threads(task.threads) reduction(+ : distinct) if (patterns.positions > entries)
-        {
-            const Team team;
-            uint64_t* own = task.bitmaps + team.thread * entries;
-            for (int64_t e = 0; e < entries; ++e) own[e] = 0;
-            for (int64_t p = team.begin(patterns.positions); p < team.end(patterns.positions); ++p) {
-                const uint64_t pattern = patterns.word(p, 0);
-                own[pattern / 64] |= uint64_t{1} << pattern % 64;
-            }
-#pragma omp barrier
-            for (int64_t e = team.begin(entries); e < team.end(entries); ++e) {
-                uint64_t seen = 0;
-                for (int64_t t = 0; t < team.threads; ++t) seen |= task.bitmaps[t * entries + e];
-                distinct += __builtin_popcountll(seen);
-                all[e] |= seen;
-            }
-        }
-        task.by_activation[a] = distinct;
+void count_by_tags(const TagCount& task) {
+    const PatternPartition& partition = task.partition;
+    const PatternSet& set = partition.set;
+    const int rest_bits = static_cast<int>(set.samples) - partition.bits;
+    auto* kept = reinterpret_cast<uint16_t*>(partition.patterns);
+    for (int64_t a = 0, first = 0; a < set.activations; first += set.positions[a++])
+        partition_activation(partition, a, ByValue{Patterns<1>(set, a), rest_bits, kept + first});
+    const int64_t stride = set.activations + 1;
+    for (int64_t i = 0; i < partition.threads * stride; ++i) task.counts[i] = 0;
+#pragma omp parallel num_threads(partition.threads)
+    {
+        const Team team;
+        int64_t* counts = task.counts + team.thread * stride;
+        uint16_t* tags = task.tags + (team.thread << rest_bits);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t k = 0; k < int64_t{1} << partition.bits; ++k) count_tagged(partition, k, kept, tags, counts);
     }
-    *task.of_all = 0;
-    for (int64_t e = 0; e < entries; ++e) *task.of_all += __builtin_popcountll(all[e]);
+    sum_threads(task.counts, partition.threads, stride, set.activations, task.by_activation, task.of_all);
 }
 
 void partition_patterns(const PatternPartition& task) {

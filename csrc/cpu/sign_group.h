@@ -34,8 +34,17 @@ inline vfloat low_float(const bfloat16*, vuint pair) { return float_of(pair << 1
 inline vfloat high_float(const bfloat16*, vuint pair) { return float_of(pair & 0xffff0000u); }
 inline vfloat low_float(const float16*, vuint pair) { return float16_to_float(pair & 0xffffu); }
 inline vfloat high_float(const float16*, vuint pair) { return float16_to_float(pair >> 16); }
-inline vuint rounded(const bfloat16*, vfloat x) { return round_to_bfloat16(x); }
-inline vuint rounded(const float16*, vfloat x) { return round_to_float16(x); }
+
+// The two float32 rounded to 16 bits, one above the other. A NaN that came of a bfloat16 has zeros in its low half, so
+// that rounding cannot carry it into a number, and needs no case of its own.
+inline vuint pair_of(const bfloat16*, vfloat low, vfloat high) {
+    const vuint low_sum = bits_of(low) + 0x7fffu + ((bits_of(low) >> 16) & 1u);
+    const vuint high_sum = bits_of(high) + 0x7fffu + ((bits_of(high) >> 16) & 1u);
+    return low_sum >> 16 | (high_sum & 0xffff0000u);
+}
+inline vuint pair_of(const float16*, vfloat low, vfloat high) {
+    return round_to_float16(low) | round_to_float16(high) << 16;
+}
 
 template <Activation kActivation>
 inline void pack_group(const float* in, float* out, uint32_t* slices, uint32_t bit) {
@@ -62,8 +71,8 @@ inline void pack_group(const T* in, T* out, uint16_t* slices, uint16_t bit) {
         const vuint pairs[] = {reinterpret_cast<vuint>(first), reinterpret_cast<vuint>(second)};
         const Quad x = activate<kActivation>(
             {low_float(in, pairs[0]), high_float(in, pairs[0]), low_float(in, pairs[1]), high_float(in, pairs[1])});
-        first = reinterpret_cast<vshort>(rounded(in, x.a) | rounded(in, x.b) << 16);
-        second = reinterpret_cast<vshort>(rounded(in, x.c) | rounded(in, x.d) << 16);
+        first = reinterpret_cast<vshort>(pair_of(in, x.a, x.b));
+        second = reinterpret_cast<vshort>(pair_of(in, x.c, x.d));
         store_short(&out->bits, first);
         store_short(&out->bits + 2 * kLanes, second);
     }

@@ -1,8 +1,8 @@
 """Activation patterns: signs of activations packed across samples, and exact counts over them.
 
 A pattern belongs to one neuron (one position of one activation): S bits, bit n is 1 where sample n is > 0. The number
-of distinct patterns is Psi of L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equation 7); the agreements of samples are the
-kernel matrix of NWOT (Mellor et al., ICML 2021).
+of distinct patterns is Psi of L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equation 7); the agreements of samples are
+the kernel matrix of NWOT (Mellor et al., ICML 2021).
 
 Packed words are int64 [W, P]: W = ceil(S / 64) rows, P positions in the row-major order of the activation's shape
 without its sample axis, whatever its strides. Bit n % 64 of row n // 64 is sample n's.
@@ -25,8 +25,10 @@ ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 """What `activate_and_pack` computes; gelu is the exact one, by erf."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A bitmap of all 2^S patterns beats hash sets as long as it stays in the L2 cache.
-_BITMAP_SAMPLES = 20
+# Up to here a tag for each of the 2^S patterns, partition by partition, takes less time than hash sets.
+_TAG_SAMPLES = 26
+_TAG_BITS = 13  # 2^13 tags of a partition are 16 KB
+_PARALLEL_BITS = 4  # partitions enough to share among threads
 _PARTITION = 1024  # positions, so that a hash set takes some 24 KB
 
 
@@ -109,7 +111,10 @@ def count_patterns(words: Sequence[Tensor], samples: int) -> PatternCounts:
     positions = tuple(w.shape[1] for w in words)
     if sum(positions) == 0:
         return PatternCounts(0, tuple(0 for _ in words), positions)
-    union, per_layer = _count_small(words, samples) if samples <= _BITMAP_SAMPLES else _count_large(words, samples)
+    if samples <= _TAG_SAMPLES and len(words) < 2**16:
+        union, per_layer = _count_by_tags(words, samples)
+    else:
+        union, per_layer = _count_by_hash(words, samples)
     return PatternCounts(union, tuple(per_layer), positions)
 
 
@@ -162,13 +167,16 @@ def words_per_pattern(samples: int) -> int:
     return -(-samples // 64)
 
 
-def _count_small(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
+def _count_by_tags(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
     threads = torch.get_num_threads()
-    entries = max(1, 2**samples // 64)
-    return _C.count_patterns_by_bitmap(words, samples, _workspace((threads + 1) * entries), threads)
+    bits = max(samples - _TAG_BITS, min(samples, _PARALLEL_BITS))
+    kept = _workspace(-(-sum(w.shape[1] for w in words) // 4))
+    ends, histograms = _workspace(len(words) << bits), _workspace(threads << bits)
+    tags = _workspace(-(-(threads << (samples - bits)) // 4))
+    return _C.count_patterns_by_tags(words, samples, bits, kept, ends, histograms, tags, threads)
 
 
-def _count_large(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
+def _count_by_hash(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
     threads = torch.get_num_threads()
     width = words_per_pattern(samples)
     total = sum(w.shape[1] for w in words)
@@ -199,7 +207,8 @@ def _tensor(array: Any, name: str) -> Tensor:
 
 def _import(array: Any, name: str) -> Tensor:
     try:
-        return torch.from_dlpack(array)
+        imported: Tensor = torch.utils.dlpack.from_dlpack(array)
+        return imported
     except (AttributeError, TypeError, BufferError, RuntimeError) as error:
         raise InputError(f"{name} must be a tensor or a DLPack array, got {type(array).__name__}: {error}") from error
 

@@ -35,16 +35,7 @@ struct PatternSet {
     int64_t samples;  // S: bits at S and beyond are ignored
 };
 
-// Counting by a bitmap of all 2^S patterns, for small S.
-struct BitmapCount {
-    PatternSet set;
-    uint64_t* bitmaps;       // workspace [threads + 1, 2^S / 64 (at least 1)]
-    int64_t* by_activation;  // out: the distinct patterns of each activation
-    int64_t* of_all;         // out: the distinct patterns of all together
-    int threads;
-};
-
-// Counting by hash sets, first step: the patterns of each activation grouped by their hash into 2^bits partitions.
+// The patterns of each activation grouped into 2^bits partitions, by their hash.
 struct PatternPartition {
     PatternSet set;
     int bits;
@@ -54,8 +45,18 @@ struct PatternPartition {
     int threads;
 };
 
-// Second step: the distinct patterns of each partition, in a hash set that grows from kFirstSlots with what it holds.
-// A set of c slots lies at slots c to 2 c of the workspace, and is at most 3/4 full.
+// Counting by a tag for each of the 2^(S - bits) patterns of a partition, for S where those stay in the L1 cache. Here
+// the partition is part of a pattern's value, so only the other S - bits (at most 16) are kept of it.
+struct TagCount {
+    PatternPartition partition;  // its patterns are uint16
+    uint16_t* tags;              // workspace [threads, 2^(S - bits)]
+    int64_t* counts;             // workspace [threads, activations + 1]
+    int64_t* by_activation;      // out: the distinct patterns of each activation
+    int64_t* of_all;             // out: the distinct patterns of all together
+};
+
+// Counting the distinct patterns of each partition in a hash set that grows from kFirstSlots with what it holds. A set
+// of c slots lies at slots c to 2 c of the workspace, and is at most 3/4 full.
 constexpr int64_t kFirstSlots = 4096;
 struct PartitionCount {
     PatternPartition partition;
@@ -78,7 +79,7 @@ struct AgreementCount {
 };
 
 LSWAG_KERNEL(pack_signs, const SignPacking& task)
-LSWAG_KERNEL(count_by_bitmap, const BitmapCount& task)
+LSWAG_KERNEL(count_by_tags, const TagCount& task)
 LSWAG_KERNEL(partition_patterns, const PatternPartition& task)
 LSWAG_KERNEL(count_partitions, const PartitionCount& task)
 LSWAG_KERNEL(count_agreements, const AgreementCount& task)
