@@ -60,3 +60,43 @@ def accumulate_moments(gradient: Any, group: int, signed: bool, threads: int, st
 def finish_moments(
     state: Any, numel: int, groups: int, signed: bool, maps: Sequence[Any]
 ) -> tuple[tuple[float, ...], int]: ...
+
+code_words: int
+
+def pack_signs(
+    pre: Any,
+    post: Any | None,
+    words: Any,
+    activation: int,
+    first_sample: int,
+    packed_samples: int,
+    accumulate: bool,
+    threads: int,
+) -> None: ...
+def count_patterns_by_tags(
+    words: Sequence[Any],
+    samples: int,
+    bits: int,
+    patterns: Any,
+    ends: Any,
+    histograms: Any,
+    tags: Any,
+    threads: int,
+) -> tuple[int, list[int]]: ...
+def partition_patterns(
+    words: Sequence[Any], samples: int, bits: int, patterns: Any, ends: Any, histograms: Any, threads: int
+) -> int: ...
+def count_partitions(
+    words: Sequence[Any],
+    samples: int,
+    bits: int,
+    patterns: Any,
+    ends: Any,
+    slots: int,
+    keys: Any,
+    tags: Any,
+    threads: int,
+) -> tuple[int, list[int]]: ...
+def count_agreements(
+    words: Sequence[Any], samples: int, codes: Any, disagreements: Any, out: Any, threads: int
+) -> None: ...

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from . import ops, spaces
     from .engine.scorer import Scorer
     from .errors import InputError, StoreError
-    from .proxies.lswag import LswagResult
+    from .proxies.result import LswagResult
     from .scoring import score
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __all__ = ["InputError", "LswagResult", "Scorer", "StoreError", "ops", "score", 
 
 _HOMES = {
     "InputError": "errors",
-    "LswagResult": "proxies.lswag",
+    "LswagResult": "proxies.result",
     "Scorer": "engine.scorer",
     "StoreError": "errors",
     "score": "scoring",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal
 
-from .proxies.lswag import Counts, LayerRow, LswagResult, PatternSaturation
+from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 
 Status = Literal["ok", "error"]
 

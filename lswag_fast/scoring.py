@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import resolve_device
 from .capture import Plan, Sandbox, trace
 from .capture import run as run_capture
 from .capture.probe import probe
@@ -18,7 +19,8 @@ from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .errors import InputError
 from .options import Numerator, Pooling, ScoreOptions
-from .proxies.lswag import Counts, LswagResult, LswagStatistics, PatternSaturation, percentile
+from .proxies.lswag import LswagStatistics, percentile
+from .proxies.result import Counts, LswagResult, PatternSaturation
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -79,14 +81,12 @@ def score(
         extra_parameters=tuple(extra_parameters),
     )
     start = time.perf_counter()
-    check_images(images)
+    check_images(images, resolve_device(device))
     samples = images.shape[0]
     resolved = options.resolved(samples)
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {describe(model)}")
     check_device(model, resolved.device)
-    if images.device.type != torch.device(resolved.device).type:
-        raise InputError(f"images are on {images.device}, but the score runs on {resolved.device}; move them there")
     loss_or_default: Loss = loss if loss is not None else CrossEntropy()
     if loss is not None and isinstance(labels, Tensor) and (labels.dim() == 0 or labels.shape[0] != samples):
         raise InputError(f"expected labels [S, ...] with the S of images ({samples}), got {list(labels.shape)}")
@@ -110,13 +110,15 @@ def score(
     return result
 
 
-def check_images(images: Tensor) -> None:
-    """Raises InputError unless `images` is a finite floating-point tensor [S, ...] with S of at least 1."""
+def check_images(images: Tensor, device: str) -> None:
+    """Raises InputError unless `images` is a finite floating-point tensor [S, ...] on `device`, S at least 1."""
     if not isinstance(images, Tensor) or images.dim() < 2 or not images.is_floating_point():
         what = describe(images) + (f" of {images.dtype}" if isinstance(images, Tensor) else "")
         raise InputError(f"images must be a floating-point tensor [S, channels, height, width], got {what}")
     if images.shape[0] == 0:
         raise InputError("images holds no image; a score needs at least 2")
+    if images.device.type != torch.device(device).type:
+        raise InputError(f"images are on {images.device}, but the score runs on {device}; move them there")
     finite = torch.isfinite(images).flatten(1).all(1)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite).flatten().tolist()

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lswag_fast import cli, spaces
 from lswag_fast.engine import scorer as scorer_module
@@ -21,15 +22,16 @@ from lswag_fast.errors import ScoreError
 from lswag_fast.store import Store
 
 SIZES = ("--image-size", "32", "--num-classes", "10", "--samples", "4", "--images", "noise", "--device", "cpu")
-SCORE = ("score", *SIZES, "--dtype", "float32")
+SCORE = ("score", *SIZES, "--dtype", "float32", "--threads", "1")
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     """Runs a command line in an empty folder; returns its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
 
     def command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lswag-fast", *arguments])
@@ -38,7 +40,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
         out, err = capfd.readouterr()
         return int(stop.value.code or 0), out, err
 
-    return command
+    yield command
+    torch.set_num_threads(threads)
 
 
 def archs(n: int) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 
 from lswag_fast import store as store_module
 from lswag_fast.errors import StoreError
-from lswag_fast.proxies.lswag import Counts, LayerRow, LswagResult, PatternSaturation
+from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 from lswag_fast.records import Record
 from lswag_fast.store import Store, network_file_system
 

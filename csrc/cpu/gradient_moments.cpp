@@ -36,12 +36,6 @@ int thread_number() {
 #endif
 }
 
-// Whether a step of k is a pair of rows.
-template <typename Packed>
-constexpr bool kPairs = false;
-template <>
-constexpr bool kPairs<uint32_t> = true;
-
 // How the weight is cut into blocks, and what of each lies where in a thread's memory.
 struct Blocking {
     int64_t row_tiles, column_tiles;              // of the weight (of one channel group)
@@ -141,14 +135,25 @@ struct Block {
         return steps;
     }
 
+    // Only the last tile across may have fewer columns than kTileColumns filled.
+    static void multiply(int64_t steps, const Packed* a, const Packed* b, float* c, bool accumulate, int64_t filled) {
+        if (filled <= kLanes)
+            multiply_tile<1>(steps, a, b, c, kTileColumns, accumulate);
+        else if (kTileVectors > 2 && filled <= 2 * kLanes)
+            multiply_tile<2>(steps, a, b, c, kTileColumns, accumulate);
+        else
+            multiply_tile(steps, a, b, c, kTileColumns, accumulate);
+    }
+
     template <bool with_signed>
     void add_chunk(int64_t steps, bool first, bool last, int64_t group) const {
         for (int64_t column = 0; column < column_tiles; ++column) {
             const Packed* const b = column_panels() + column * steps * kTileColumns;
+            const int64_t filled = plan.weight_columns - (first_column_tile + column) * kTileColumns;
             for (int64_t row = 0; row < row_tiles; ++row) {
                 const int64_t tile = column * row_tiles + row;
                 const Packed* const a = row_panels() + row * steps * kTileRows;
-                multiply_tile(steps, a, b, partial(tile), kTileColumns, !first);
+                multiply(steps, a, b, partial(tile), !first, filled);
                 if (last) update_moments<with_signed>(state(tile), partial(tile), kTileWeights, group);
             }
         }
@@ -229,20 +234,46 @@ void run_blocks(const GradientMomentsPlan& plan, const Blocking& blocking, char*
     return true;
 }
 
-void choose_scales(const GradientMomentsPlan& plan, float scales[2], int64_t* exponent) {
-    float largest[2] = {0, 0};
-    for (int u = 0; u < plan.use_count; ++u) {
-        const Tensor* const tensors[2] = {&plan.uses[u].inputs.tensor, &plan.uses[u].output_grads.tensor};
+struct Scales {
+    float factors[2];  // of inputs and output gradients
+    int64_t exponent = 0;
+    bool certain = true;  // no more could be learnt from the pieces not looked at
+
+    Scales(const GradientMomentsPlan& plan, int64_t every) {
+        float largest[2] = {0, 0};
+        for (int u = 0; u < plan.use_count; ++u) {
+            const Tensor* const tensors[2] = {&plan.uses[u].inputs.tensor, &plan.uses[u].output_grads.tensor};
+            for (int side = 0; side < 2; ++side) {
+                const float found = largest_magnitude(*tensors[side], every, plan.threads);
+                largest[side] = found > largest[side] || found != found ? found : largest[side];
+            }
+        }
         for (int side = 0; side < 2; ++side) {
-            const float found = largest_magnitude(*tensors[side], plan.threads);
-            largest[side] = found > largest[side] || found != found ? found : largest[side];
+            factors[side] = __builtin_ldexpf(1, scale_exponent(largest[side]));
+            exponent += scale_exponent(largest[side]);
+            certain = certain && (every == 1 || (largest[side] > 0 && is_finite(largest[side])));
         }
     }
-    *exponent = 0;
-    for (int side = 0; side < 2; ++side) {
-        scales[side] = __builtin_ldexpf(1, scale_exponent(largest[side]));
-        *exponent += scale_exponent(largest[side]);
-    }
+};
+
+void run_blocks_or_depthwise(const GradientMomentsPlan& plan, const Scales& scales, void* workspace,
+                             const MomentMapPointers& maps, MomentResults* results) {
+    const double unit = __builtin_ldexp(1, static_cast<int>(-scales.exponent)) * static_cast<double>(plan.groups) /
+                        static_cast<double>(plan.samples);
+    *results = MomentResults();
+    results->exponent = scales.exponent;
+    if (plan.depthwise) return depthwise_moments(plan, workspace, scales.factors, unit, maps, results);
+    const Blocking blocking(plan);
+    char* const memory = static_cast<char*>(workspace);
+#if defined(__AVX512BF16__)
+    if (all_bfloat16(plan))
+        run_blocks<uint32_t>(plan, blocking, memory, scales.factors, unit, maps);
+    else
+#endif
+        run_blocks<float>(plan, blocking, memory, scales.factors, unit, maps);
+    const double* const sums = static_cast<const double*>(workspace);
+    for (int64_t tile = 0; tile < blocking.tiles(plan); ++tile)
+        for (int s = 0; s < kMomentSums; ++s) results->sums[s] += sums[tile * kMomentSums + s];
 }
 
 }  // namespace
@@ -253,24 +284,16 @@ void gradient_moments_workspace(const GradientMomentsPlan& plan, int64_t* bytes)
     *bytes = round_up(blocking.tiles(plan) * kMomentSums * 8) + plan.threads * blocking.thread_bytes;
 }
 
+// A scale needs the largest magnitude to a factor of 2^50 or so: one piece in eight of the operands tells it, at an
+// eighth of the memory traffic. Should it not, sums overflow, which shows, and every piece is looked at.
 void gradient_moments(const GradientMomentsPlan& plan, void* workspace, const MomentMapPointers& maps,
                       MomentResults* results) {
-    float scales[2];
-    choose_scales(plan, scales, &results->exponent);
-    const double unit = __builtin_ldexp(1, static_cast<int>(-results->exponent)) * static_cast<double>(plan.groups) /
-                        static_cast<double>(plan.samples);
-    if (plan.depthwise) return depthwise_moments(plan, workspace, scales, unit, maps, results);
-    const Blocking blocking(plan);
-    char* const memory = static_cast<char*>(workspace);
-#if defined(__AVX512BF16__)
-    if (all_bfloat16(plan))
-        run_blocks<uint32_t>(plan, blocking, memory, scales, unit, maps);
-    else
-#endif
-        run_blocks<float>(plan, blocking, memory, scales, unit, maps);
-    const double* const sums = static_cast<const double*>(workspace);
-    for (int64_t tile = 0; tile < blocking.tiles(plan); ++tile)
-        for (int s = 0; s < kMomentSums; ++s) results->sums[s] += sums[tile * kMomentSums + s];
+    const Scales sampled(plan, 8);
+    if (sampled.certain) {
+        run_blocks_or_depthwise(plan, sampled, workspace, maps, results);
+        if (is_finite(results->sums[kMeanAbs]) && is_finite(results->sums[kSigma])) return;
+    }
+    run_blocks_or_depthwise(plan, Scales(plan, 1), workspace, maps, results);
 }
 
 }  // namespace LSWAG_ISA

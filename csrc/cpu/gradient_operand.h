@@ -11,6 +11,12 @@ namespace LSWAG_ISA {
 
 constexpr int64_t kChunkRows = 256;
 
+// Whether a step of k in a packed panel is a pair of rows.
+template <typename Packed>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<uint32_t> = true;
+
 // Where consecutive rows of an operand lie: offsets in elements, and positions in a padded plane.
 struct RowTable {
     int64_t count;
@@ -18,6 +24,15 @@ struct RowTable {
     int32_t y[kChunkRows];
     int32_t x[kChunkRows];
 };
+
+inline void place_line(const GradientOperand& operand, int64_t y, int64_t x, int64_t row, int64_t count,
+                       RowTable& table) {
+    const PlaneAxis &down = operand.axes[0], &across = operand.axes[1];
+    for (int64_t i = 0; i < count; ++i) {
+        table.y[row + i] = static_cast<int32_t>(y * down.row_step - down.pad);
+        table.x[row + i] = static_cast<int32_t>((x + i) * across.row_step - across.pad);
+    }
+}
 
 // Lists `count` <= kChunkRows rows from row `begin` on, counted through the samples from `sample` on.
 inline void list_rows(const GradientOperand& operand, int64_t rows_a_sample, int64_t sample, int64_t begin,
@@ -30,15 +45,16 @@ inline void list_rows(const GradientOperand& operand, int64_t rows_a_sample, int
         rest /= operand.row_shape[d];
     }
     table.count = count;
-    for (int64_t row = 0; row < count; ++row) {
+    const int last = operand.row_dims - 1;
+    for (int64_t row = 0; row < count;) {
         int64_t offset = operand.offset + sample * operand.sample_stride;
-        for (int d = 0; d < operand.row_dims; ++d) offset += index[d] * operand.row_strides[d];
-        table.offset[row] = offset;
-        if (operand.padded) {
-            table.y[row] = static_cast<int32_t>(index[0] * operand.axes[0].row_step - operand.axes[0].pad);
-            table.x[row] = static_cast<int32_t>(index[1] * operand.axes[1].row_step - operand.axes[1].pad);
-        }
-        int d = operand.row_dims - 1;
+        for (int d = 0; d <= last; ++d) offset += index[d] * operand.row_strides[d];
+        const int64_t left = operand.row_shape[last] - index[last], line = left < count - row ? left : count - row;
+        for (int64_t i = 0; i < line; ++i) table.offset[row + i] = offset + i * operand.row_strides[last];
+        if (operand.padded) place_line(operand, index[0], index[1], row, line, table);
+        row += line;
+        index[last] = 0;
+        int d = last - 1;
         while (d >= 0 && ++index[d] == operand.row_shape[d]) index[d--] = 0;
         if (d < 0) ++sample;
     }
@@ -81,6 +97,14 @@ inline bool inside(const GradientOperand& operand, const RowTable& rows, int64_t
            static_cast<uint64_t>(rows.x[row] + run.x) < static_cast<uint64_t>(operand.axes[1].size);
 }
 
+template <typename Source>
+inline uint32_t scaled_bits(Source value, float scale) {
+    const float scaled = to_float(value) * scale;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &scaled, 4);
+    return bits;
+}
+
 // One element of a panel: float32, or the bits of a bfloat16 (scaling by a power of two is exact there too).
 template <typename Source>
 inline void convert(Source value, float scale, float* out) {
@@ -88,10 +112,7 @@ inline void convert(Source value, float scale, float* out) {
 }
 template <typename Source>
 inline void convert(Source value, float scale, uint16_t* out) {
-    const float scaled = to_float(value) * scale;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &scaled, 4);
-    *out = static_cast<uint16_t>(bits >> 16);
+    *out = static_cast<uint16_t>(scaled_bits(value, scale) >> 16);
 }
 
 template <int Width, typename Source, typename Element>
@@ -124,12 +145,6 @@ struct PanelWriter {
     }
 
     void by_rows(float* panel) const {
-        if (run_count == 1 && !operand.padded && width == Width) {
-            const Source* const source = base + runs[0].offset;
-            for (int64_t row = 0; row < rows.count; ++row, panel += Width)
-                convert_run<Width>(source + rows.offset[row], Width, scale, panel);
-            return;
-        }
         for (int64_t row = 0; row < rows.count; ++row, panel += Width) fetch_row(row, panel);
     }
 
@@ -170,35 +185,89 @@ struct PanelWriter {
     }
 };
 
+// kLanes columns of one step: of the row as float32, or of the row and the next as pairs of bfloat16.
+template <typename Source>
+inline vuint convert_step(const Source* row, const Source*, float scale, const float*) {
+    return bits_of(load_float(row) * splat(scale));
+}
+template <typename Source>
+inline vuint convert_step(const Source* row, const Source* next, float scale, const uint32_t*) {
+    const vuint low = bits_of(load_float(row) * splat(scale)) >> 16;
+    return low | (bits_of(load_float(next) * splat(scale)) & 0xffff0000u);
+}
+
+// Asks for what will be packed soon: short pieces of rows far apart are more than the hardware's prefetchers follow.
+template <typename Source>
+inline void prefetch_rows(const Source* base, const RowTable& rows, int64_t begin, int64_t count, int64_t columns) {
+    for (int64_t row = begin; row < begin + count && row < rows.count; ++row)
+        for (int64_t column = 0; column < columns; column += 64 / static_cast<int64_t>(sizeof(Source)))
+            __builtin_prefetch(base + rows.offset[row] + column);
+}
+
+// Packs the whole panels among `columns` neighbouring columns, row by row: the source is read in the order of memory,
+// which its prefetchers follow, and the panels stay in the cache. Returns how many columns that was.
 template <int Width, typename Source, typename Packed>
-inline void pack_panel(const GradientOperand& operand, int64_t channel_group, const RowTable& rows, int64_t first,
-                       int width, float scale, Packed* panel) {
+inline int64_t pack_lines(const Source* base, const RowTable& rows, int64_t columns, float scale, Packed* panels,
+                          int64_t panel_stride) {
+    constexpr int64_t advance = kPairs<Packed> ? 2 : 1;
+    constexpr int block = Width < kLanes ? kLanes : Width, part = Width < kLanes ? Width : kLanes;
+    const int64_t whole = columns / block * block;
+    const Source zeros[block] = {};
+    for (int64_t row = 0; row < rows.count; row += advance, panels += Width) {
+        const bool alone = row + advance > rows.count;
+        const Source* line = base + rows.offset[row];
+        const Source* next = alone ? zeros : base + rows.offset[row + advance - 1];
+        Packed* panel = panels;
+        prefetch_rows(base, rows, row + 8, advance, whole);
+        for (int64_t column = 0; column < whole; column += block) {
+            for (int m = 0; m < block; m += kLanes) {
+                const vuint step = convert_step(line + m, next + m, scale, panel);
+                for (int lane = 0; lane < kLanes; lane += part)
+                    __builtin_memcpy(panel + (m + lane) / Width * panel_stride + (m + lane) % Width,
+                                     reinterpret_cast<const char*>(&step) + lane * 4, part * 4);
+            }
+            line += block;
+            next += alone ? 0 : block;
+            panel += block / Width * panel_stride;
+        }
+    }
+    return whole;
+}
+
+template <int Width, typename Source, typename Packed>
+inline void pack_columns_of(const GradientOperand& operand, int64_t channel_group, const RowTable& rows, int64_t first,
+                            int64_t end, float scale, Packed* panels, int64_t panel_stride) {
     const Source* const base =
         static_cast<const Source*>(operand.tensor.data) + channel_group * operand.channel_group_stride;
-    PanelWriter<Width, Source> writer{operand, rows, base, scale, {}, 0, width};
-    writer.run_count = list_columns(operand, first, width, writer.runs);
-    if (writer.run_count == 1 || writer.run_count * 4 <= width)
-        writer.by_rows(panel);
-    else
-        writer.by_columns(panel);
+    if (!operand.padded && operand.column_strides[2] == 1 && operand.column_shape[2] >= end) {
+        const int64_t packed = pack_lines<Width>(base + first, rows, end - first, scale, panels, panel_stride);
+        first += packed;
+        panels += packed / Width * panel_stride;
+    }
+    for (; first < end; first += Width, panels += panel_stride) {
+        const int width = static_cast<int>(end - first < Width ? end - first : Width);
+        PanelWriter<Width, Source> writer{operand, rows, base, scale, {}, 0, width};
+        writer.run_count = list_columns(operand, first, width, writer.runs);
+        if (writer.run_count == 1 || writer.run_count * 4 <= width)
+            writer.by_rows(panels);
+        else
+            writer.by_columns(panels);
+    }
 }
 
 // Packs columns first..end of the listed rows into panels of Width columns, `panel_stride` elements apart.
 template <int Width, typename Packed>
 inline void pack_operand(const GradientOperand& operand, int64_t channel_group, const RowTable& rows, int64_t first,
                          int64_t end, float scale, Packed* panels, int64_t panel_stride) {
-    for (; first < end; first += Width, panels += panel_stride) {
-        const int width = static_cast<int>(end - first < Width ? end - first : Width);
-        switch (operand.tensor.dtype) {
-            case DType::bfloat16:
-                pack_panel<Width, bfloat16>(operand, channel_group, rows, first, width, scale, panels);
-                break;
-            case DType::float16:
-                pack_panel<Width, float16>(operand, channel_group, rows, first, width, scale, panels);
-                break;
-            default:
-                pack_panel<Width, float>(operand, channel_group, rows, first, width, scale, panels);
-        }
+    switch (operand.tensor.dtype) {
+        case DType::bfloat16:
+            return pack_columns_of<Width, bfloat16>(operand, channel_group, rows, first, end, scale, panels,
+                                                    panel_stride);
+        case DType::float16:
+            return pack_columns_of<Width, float16>(operand, channel_group, rows, first, end, scale, panels,
+                                                   panel_stride);
+        default:
+            return pack_columns_of<Width, float>(operand, channel_group, rows, first, end, scale, panels, panel_stride);
     }
 }
 

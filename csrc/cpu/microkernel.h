@@ -1,5 +1,5 @@
 // The inner matrix product of the kernels: C[m, n] (+)= sum over k of A[k, m] * B[k, n] on one tile of
-// kTileRows x kTileColumns held in registers, from panels that pack_* lay out k by k.
+// kTileRows x kTileColumns held in registers, from panels laid out k by k.
 //
 // Floor: kTileRows * kTileColumns / kLanes fused multiply-adds a step of k at two a cycle (Zen 5: 8 x 48 in
 // AVX-512, 24 of 32 registers accumulate), against kTileRows broadcasts + kTileColumns / kLanes loads.
@@ -30,30 +30,34 @@ constexpr bool kHasBf16Dot = false;
 
 namespace detail {
 
-inline void start_tile(vfloat (&sum)[kTileRows][kTileVectors], const float* c, int64_t ldc, bool accumulate) {
+template <int Vectors>
+inline void start_tile(vfloat (&sum)[kTileRows][Vectors], const float* c, int64_t ldc, bool accumulate) {
     for (int m = 0; m < kTileRows; ++m)
-        for (int v = 0; v < kTileVectors; ++v) sum[m][v] = accumulate ? load(c + m * ldc + v * kLanes) : vfloat{};
+        for (int v = 0; v < Vectors; ++v) sum[m][v] = accumulate ? load(c + m * ldc + v * kLanes) : vfloat{};
 }
 
-inline void store_tile(const vfloat (&sum)[kTileRows][kTileVectors], float* c, int64_t ldc) {
+template <int Vectors>
+inline void store_tile(const vfloat (&sum)[kTileRows][Vectors], float* c, int64_t ldc) {
     for (int m = 0; m < kTileRows; ++m)
-        for (int v = 0; v < kTileVectors; ++v) store(c + m * ldc + v * kLanes, sum[m][v]);
+        for (int v = 0; v < kTileVectors; ++v) store(c + m * ldc + v * kLanes, v < Vectors ? sum[m][v] : vfloat{});
 }
 
 }  // namespace detail
 
 // a [k, kTileRows], b [k, kTileColumns], c [kTileRows, kTileColumns] with rows ldc apart; C is added to where
-// `accumulate`, else overwritten. The whole tile is read and written: pad the panels with zeros.
+// `accumulate`, else overwritten. The whole tile is read and written: pad the panels with zeros. Where only the first
+// Vectors vectors of columns hold anything, the rest of the tile is not computed, and becomes zero.
+template <int Vectors = kTileVectors>
 inline void multiply_tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate) {
-    vfloat sum[kTileRows][kTileVectors];
+    vfloat sum[kTileRows][Vectors];
     detail::start_tile(sum, c, ldc, accumulate);
     for (int64_t step = 0; step < k; ++step, a += kTileRows, b += kTileColumns) {
-        vfloat row[kTileVectors];
-        for (int v = 0; v < kTileVectors; ++v) row[v] = load(b + v * kLanes);
+        vfloat row[Vectors];
+        for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
         for (int m = 0; m < kTileRows; ++m) {
             const vfloat factor = splat(a[m]);
-            for (int v = 0; v < kTileVectors; ++v) sum[m][v] += factor * row[v];
+            for (int v = 0; v < Vectors; ++v) sum[m][v] += factor * row[v];
         }
     }
     detail::store_tile(sum, c, ldc);
@@ -62,49 +66,23 @@ inline void multiply_tile(int64_t k, const float* a, const float* b, float* c, i
 #if defined(__AVX512BF16__)
 // The same from bfloat16 panels of k pairs: a [pairs, kTileRows, 2], b [pairs, kTileColumns, 2]. Products are exact
 // and sums float32; the instruction takes subnormals, in and out, as zero, so scale the operands well above them.
+template <int Vectors = kTileVectors>
 inline void multiply_tile(int64_t pairs, const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, bool accumulate) {
-    vfloat sum[kTileRows][kTileVectors];
+    vfloat sum[kTileRows][Vectors];
     detail::start_tile(sum, c, ldc, accumulate);
     for (int64_t step = 0; step < pairs; ++step, a += kTileRows, b += kTileColumns) {
-        vuint row[kTileVectors];
-        for (int v = 0; v < kTileVectors; ++v) row[v] = load(b + v * kLanes);
+        vuint row[Vectors];
+        for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
         for (int m = 0; m < kTileRows; ++m) {
             const __m512bh factor = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[m]));
-            for (int v = 0; v < kTileVectors; ++v)
+            for (int v = 0; v < Vectors; ++v)
                 sum[m][v] = (vfloat)_mm512_dpbf16_ps((__m512)sum[m][v], factor, (__m512bh)row[v]);
         }
     }
     detail::store_tile(sum, c, ldc);
 }
 #endif
-
-// Packs a panel [k, Width] of float32 times `scale` from k rows of `width` <= Width neighbouring elements, rows
-// `stride` elements apart. The columns beyond `width` become zeros.
-template <int Width, typename Source>
-inline void pack_rows(int64_t k, int width, const Source* source, int64_t stride, float scale, float* panel) {
-    const int whole = Width % kLanes == 0 ? width / kLanes * kLanes : 0;
-    for (int64_t row = 0; row < k; ++row, source += stride, panel += Width) {
-        int m = 0;
-        for (; m < whole; m += kLanes) store(panel + m, load_float(source + m) * splat(scale));
-        for (; m < width; ++m) panel[m] = to_float(source[m]) * scale;
-        for (; m < Width; ++m) panel[m] = 0;
-    }
-}
-
-// The same panel from the transposed source: `width` rows, `stride` elements apart, of k neighbouring elements.
-template <int Width, typename Source>
-inline void pack_columns(int64_t k, int width, const Source* source, int64_t stride, float scale, float* panel) {
-    for (int m = 0; m < Width; ++m) {
-        float* out = panel + m;
-        if (m >= width) {
-            for (int64_t step = 0; step < k; ++step, out += Width) *out = 0;
-            continue;
-        }
-        const Source* in = source + m * stride;
-        for (int64_t step = 0; step < k; ++step, out += Width) *out = to_float(in[step]) * scale;
-    }
-}
 
 }  // namespace LSWAG_ISA
 }  // namespace lswag

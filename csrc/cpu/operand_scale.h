@@ -7,9 +7,9 @@
 namespace lswag {
 namespace LSWAG_ISA {
 
-// The largest scaled magnitude is in [2^kScaledExponent, 2^(kScaledExponent + 1)): products of two operands then reach
-// 2^62, which leaves 2^65 for sums of products, and keeps products of full precision down to 2^-126, 2^-188 of that.
-constexpr int kScaledExponent = 30;
+// The largest scaled magnitude is in [2^40, 2^41): products of two operands then reach 2^82, which leaves 2^45 for
+// sums of products, and a product that is 2^-206 of the largest one still has full precision.
+constexpr int kScaledExponent = 40;
 
 inline uint32_t magnitude_bits(float x) {
     uint32_t bits;
@@ -93,15 +93,16 @@ struct Lines {
     }
 };
 
+// The largest magnitude in one of `every` pieces of the tensor.
 template <typename Source>
-inline uint32_t largest_bits(const Tensor& tensor, int threads) {
+inline uint32_t largest_bits(const Tensor& tensor, int64_t every, int threads) {
     const Lines lines(tensor);
-    const int64_t length = lines.shape[lines.ndim - 1], stride = lines.strides[lines.ndim - 1], piece = 1 << 15;
+    const int64_t length = lines.shape[lines.ndim - 1], stride = lines.strides[lines.ndim - 1], piece = 1 << 12;
     const int64_t pieces = (length + piece - 1) / piece, jobs = lines.count() * pieces;
     const Source* const data = static_cast<const Source*>(tensor.data);
     uint32_t largest = 0;
-#pragma omp parallel for num_threads(threads) reduction(max : largest) if (jobs > 1)
-    for (int64_t job = 0; job < jobs; ++job) {
+#pragma omp parallel for num_threads(threads) reduction(max : largest) if (jobs > 8 * every)
+    for (int64_t job = 0; job < jobs; job += every) {
         const int64_t begin = job % pieces * piece, count = length - begin < piece ? length - begin : piece;
         const uint32_t found = largest_in_line(data + lines.offset(job / pieces) + begin * stride, count, stride);
         largest = found > largest ? found : largest;
@@ -109,22 +110,24 @@ inline uint32_t largest_bits(const Tensor& tensor, int threads) {
     return largest;
 }
 
-// The largest |x|; infinity or NaN where the tensor holds one.
-inline float largest_magnitude(const Tensor& tensor, int threads) {
+// The largest |x| of one of `every` pieces; infinity or NaN where they hold one.
+inline float largest_magnitude(const Tensor& tensor, int64_t every, int threads) {
     if (tensor.dtype == DType::float16) {
-        const float16 largest{static_cast<uint16_t>(largest_bits<float16>(tensor, threads))};
+        const float16 largest{static_cast<uint16_t>(largest_bits<float16>(tensor, every, threads))};
         return to_float(largest);
     }
-    const uint32_t bits = tensor.dtype == DType::bfloat16 ? largest_bits<bfloat16>(tensor, threads)
-                                                          : largest_bits<float>(tensor, threads);
+    const uint32_t bits = tensor.dtype == DType::bfloat16 ? largest_bits<bfloat16>(tensor, every, threads)
+                                                          : largest_bits<float>(tensor, every, threads);
     float largest;
     __builtin_memcpy(&largest, &bits, 4);
     return largest;
 }
 
+inline bool is_finite(double x) { return x - x == 0; }
+
 // The exponent e of the scale 2^e for values of up to `largest`; 0 where that is zero or not finite.
 inline int scale_exponent(float largest) {
-    if (!(largest > 0) || largest > 0x1.fffffep127f) return 0;
+    if (!(largest > 0) || !is_finite(largest)) return 0;
     int exponent;
     (void)__builtin_frexpf(largest, &exponent);
     const int wanted = kScaledExponent - (exponent - 1);

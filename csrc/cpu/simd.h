@@ -72,13 +72,13 @@ inline vdouble widen(vfloat x, int half) {
 // float32 from float32, bfloat16 and float16, exactly (subnormals, infinities and NaN included).
 inline vfloat load_float(const float* p) { return load(p); }
 inline vfloat load_float(const bfloat16* p) { return float_of(__builtin_convertvector(load(&p->bits), vuint) << 16); }
-inline vfloat load_float(const float16* p) {
-    const vuint half = __builtin_convertvector(load(&p->bits), vuint);
+inline vfloat float16_to_float(vuint half) {  // in the low half of each lane
     const vuint magnitude = (half & 0x7fffu) << 13;
     const vuint special = reinterpret_cast<vuint>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
     const vfloat rebased = float_of(magnitude) * splat(0x1p112f);
     return float_of(bits_of(rebased) | special | ((half & 0x8000u) << 16));
 }
+inline vfloat load_float(const float16* p) { return float16_to_float(__builtin_convertvector(load(&p->bits), vuint)); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) {
@@ -114,6 +114,18 @@ inline uint16_t round_to_bfloat16(float x) {
     __builtin_memcpy(&bits, &x, 4);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// The bits of the nearest float16 (ties to even) in the low half of each lane; NaN stays NaN.
+inline vuint round_to_float16(vfloat x) {
+    const vuint magnitude = bits_of(x) & 0x7fffffffu;
+    const vuint sign = (bits_of(x) >> 16) & 0x8000u;
+    const vuint normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding 0.5 puts the last bit of a subnormal float16 where that of a float32 is.
+    const vuint subnormal = bits_of(float_of(magnitude) + splat(0.5f)) - 0x3f000000u;
+    const vuint beyond = magnitude > 0x7f800000u ? vuint{} + 0x7e00u : vuint{} + 0x7c00u;
+    const vuint finite = magnitude < 0x38800000u ? subnormal : normal;
+    return sign | (magnitude >= 0x47800000u ? beyond : finite);
 }
 
 // Sums in a fixed order, so that results do not depend on how lanes are folded.

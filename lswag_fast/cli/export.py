@@ -27,7 +27,7 @@ def write(store: Path, form: str, output: Path) -> int:
     writer = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}[form]
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     with Store(store, read_only=True) as opened:
-        if not any(run.candidates for run in opened.runs()):
+        if next(opened.records(layers=False), None) is None:
             raise InputError(f"{store} holds no records to export")
         try:
             written = writer(opened, partial)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import scoring
+from ..backends import resolve_device
 from ..errors import InputError, StoreError
 from ..options import ScoreOptions
-from ..proxies.lswag import LswagResult
+from ..proxies.result import LswagResult
 from ..records import Record
 from ..store import Store
 from .identity import Context, describe_loss
@@ -238,9 +239,10 @@ def _resolved(
     unknown = sorted(options.keys() - set(accepted))
     if unknown:
         raise InputError(f"no option is called {', '.join(unknown)}; there are {', '.join(accepted)}")
-    scoring.check_images(images)
+    asked = ScoreOptions(**options)
+    scoring.check_images(images, resolve_device(asked.device))
     _check_labels(labels, len(images), loss, space.options.get("num_classes"))
-    return ScoreOptions(**options).resolved(len(images), coupled=space.coupled)
+    return asked.resolved(len(images), coupled=space.coupled)
 
 
 def _check_labels(labels: Tensor | None, samples: int, loss: Loss | None, num_classes: int | None) -> None:

@@ -176,7 +176,7 @@ def _tensor(name: str, given: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     if not isinstance(given, Tensor):
         if not hasattr(given, "__dlpack__"):
             raise InputError(f"expected {name} as a tensor or array that offers __dlpack__, got {type(given).__name__}")
-        given = torch.from_dlpack(given)
+        given = torch.utils.dlpack.from_dlpack(given)
     if given.device.type != "cpu":
         raise InputError(f"expected {name} on the CPU, got a tensor on {given.device}; move it with .cpu()")
     if given.dtype not in dtypes:
@@ -184,7 +184,8 @@ def _tensor(name: str, given: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
         raise InputError(f"expected {name} in one of {names}, got {str(given.dtype).removeprefix('torch.')}")
     if given.numel() == 0:
         raise InputError(f"expected {name} without an empty dimension, got shape {list(given.shape)}")
-    return given.detach().resolve_neg()
+    tensor: Tensor = given.detach().resolve_neg()
+    return tensor
 
 
 def _checked_samples(a: list[Tensor], d: list[Tensor]) -> int:

@@ -1,10 +1,8 @@
-"""L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equations 1, 6, 7, 8): its terms, its window and its result."""
+"""L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equations 1, 6, 7, 8): its terms and its window."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -12,65 +10,10 @@ from ..capture import Activation, Layer, Plan
 from ..ops.activation_patterns import activate_and_pack, count_distinct, pack_signs
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
 from ..options import ScoreOptions
+from .result import LayerRow, PatternSaturation
 
 SATURATED = 0.95
 """The share of a bound of Psi above which a result says that Psi ranks little but that bound."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a network is by size alone; scores are shown beside these because they follow them closely."""
-
-    parameters: int
-    multiply_adds: int  # of one image
-    sum_log_numel: float  # sum over the layers in the window of log(number of weights)
-    positions: int  # of the activations that Psi counts, for one sample
-
-
-@dataclass(frozen=True)
-class PatternSaturation:
-    """How much of its range Psi uses: patterns / min(2^S, positions), and the bound that is within 5 %."""
-
-    ratio: float
-    bound: str | None  # "samples" (2^S), "positions", or None below 0.95
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One weight (a Parameter used as the matrix or kernel of a linear map or convolution)."""
-
-    name: str
-    index: int  # 1 to L, by first use in the forward pass
-    percentile: int  # 10 * int((index / L * 100) // 10)
-    numel: int
-    in_window: bool  # outside it nothing is computed, and all below is None
-    dead: int | None
-    log_sum_inverse_sigma: float | None  # None: every weight is dead
-    log_sum_mean_over_sigma: float | None
-    mean_sigma: float | None
-    mean_abs_gradient: float | None
-    slow: str | None  # why this weight took one forward and backward pass a group; None: it did not
-
-
-@dataclass(frozen=True)
-class LswagResult:
-    """The L-SWAG score of one network, its two factors, and what to read it beside."""
-
-    lswag: float  # trainability * expressivity
-    trainability: float  # Lambda
-    expressivity: int  # Psi
-    pattern_saturation: PatternSaturation
-    counts: Counts
-    layers: tuple[LayerRow, ...]
-    patterns_by_activation: tuple[int, ...] | None  # with pooling "sum"
-    uncovered: tuple[str, ...]
-    warnings: tuple[str, ...]
-    seconds: float
-    options: dict[str, Any]  # resolved
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the result as plain values that JSON can hold."""
-        return asdict(self)
 
 
 def percentile(number: int, count: int) -> int:
@@ -114,12 +57,8 @@ class LswagStatistics:
         """Packs the signs of post [s, ...], which holds the samples from `first_sample` on."""
         count = min(post.shape[0], self._pattern_samples - first_sample)
         if count > 0:
-            self._words[activation.call] = pack_signs(
-                post[:count],
-                words=self._words.get(activation.call),
-                first_sample=first_sample,
-                samples=self._pattern_samples,
-            )
+            words = self._words.get(activation.call)
+            self._words[activation.call] = pack_signs(post, words=words, first_sample=first_sample, samples=count)
 
     def weight(
         self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None

@@ -233,3 +233,18 @@ class Queries(Base):
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
         scores = self.query.expand(x.shape[0], -1, -1) @ self.key(x).transpose(1, 2)
         return F.gelu(scores.softmax(-1) @ x)
+
+
+class RelativeTable(Base):
+    """Relative positions looked up in a table and multiplied with the tokens: a table, not a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(31, 12) / 4)
+        self.value = nn.Linear(12, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        place = torch.arange(16, device=x.device)
+        relative = self.table[place[:, None] - place[None, :] + 15]
+        scores = torch.einsum("sic,ijc->sij", x, relative)
+        return scores.softmax(-1) @ F.gelu(self.value(x))

@@ -32,6 +32,7 @@ FUSED: dict[str, list[str]] = {
     "Windows": ["tokens.patch.weight", "window.weight", "inner.weight", "head.weight"],
     "Unused": ["tokens.patch.weight", "aside.weight", "frozen.weight", "head.weight"],
     "Queries": ["tokens.patch.weight", "key.weight", "head.weight"],
+    "RelativeTable": ["tokens.patch.weight", "value.weight", "head.weight"],
     "Convolutions": ["stem.weight", "depthwise.weight", "grouped.weight", "line.weight", "head.weight"],
 }
 SLOW: dict[str, list[str]] = {
@@ -109,6 +110,12 @@ def test_groups_of_two_samples(name: str) -> None:
 ], ids=str)  # fmt: skip
 def test_options_select_as_defined(options: dict[str, object]) -> None:
     assert_as_reference(build("Attention"), groups=8, **options)
+
+
+def test_patterns_after_the_window_do_not_count() -> None:
+    whole = assert_as_reference(build("SequenceFirst"), groups=8)
+    early = assert_as_reference(build("SequenceFirst"), groups=8, window=(0, 50))
+    assert early.counts.positions < whole.counts.positions
 
 
 def test_dead_layer_is_reported() -> None:

@@ -27,7 +27,7 @@ from lswag_fast.engine import scorer as scorer_module
 from lswag_fast.engine.identity import Context
 from lswag_fast.engine.scorer import Scorer
 from lswag_fast.errors import InputError, ScoreError, StoreError
-from lswag_fast.proxies.lswag import Counts, LayerRow, LswagResult, PatternSaturation
+from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 from lswag_fast.store import Store
 
 IMAGES = torch.arange(4 * 3 * 2 * 2, dtype=torch.float32).reshape(4, 3, 2, 2)

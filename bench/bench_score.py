@@ -1,0 +1,190 @@
+"""The score of the middle AutoFormer-Tiny candidate at 224x224, beside one plain forward and backward pass.
+
+The baseline is the published formulation in float32, every parameter trained. Ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import pytest
+import score_methods
+import torch
+import torch.nn.functional as F
+from conftest import Show
+from pytest_benchmark.fixture import BenchmarkFixture
+from score_methods import ARCH, BASELINE, OWN, PACKAGES, PLAIN, SCORES, Subject
+
+from lswag_fast import backends, scoring
+from lswag_fast.proxies import lswag
+
+SAMPLES = 16
+SCRIPT = Path(score_methods.__file__)
+HEADS = ("", "median s", "x plain pass", "fastest / fastest", "share of floor")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_score_beside_plain_passes(benchmark: BenchmarkFixture, device: str, rounds: int, show: Show) -> None:
+    missing = _no_kernels(device)
+    names = PLAIN if missing else (*PLAIN, *SCORES)
+    subject = Subject(SAMPLES, device)
+    floors = {dtype: _floor_seconds(subject, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    methods = _measured(benchmark, subject, names, rounds)
+    for name, row in methods.items():
+        dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+        row["share_of_floor"] = floors[dtype] / row["median_seconds"]
+    _report("score", device, show, methods, {"floor_seconds": {str(d)[6:]: s for d, s in floors.items()}}, missing)
+
+
+def test_other_ways_to_per_sample_gradients(benchmark: BenchmarkFixture, device: str, rounds: int, show: Show) -> None:
+    missing = _no_kernels(device)
+    names = [BASELINE, *([] if missing else SCORES), *PACKAGES]
+    subject = Subject(SAMPLES, device)
+    names = [name for name in names if name not in ("Opacus", "BackPACK") or _installed(name)]
+    methods = _measured(benchmark, subject, names, max(1, rounds // 5))
+    _report("per-sample-gradients", device, show, methods, {}, missing)
+
+
+def test_peak_memory(benchmark: BenchmarkFixture, device: str, threads: int, show: Show) -> None:
+    if device == "cuda":
+        pytest.skip("the peak of resident memory says nothing about a GPU")
+    names = [BASELINE, *SCORES, *OWN, *(n for n in PACKAGES if n not in ("Opacus", "BackPACK") or _installed(n))]
+    peaks: dict[str, float] = {}
+
+    def all_methods() -> None:
+        for name in names:
+            peaks[name] = measure.in_fresh_process(SCRIPT, name, str(SAMPLES), str(threads)) / measure.MIB
+
+    benchmark.pedantic(all_methods, rounds=1)
+    methods = {n: {"peak_mib": peak, "ratio": peak / peaks[BASELINE]} for n, peak in peaks.items()}
+    data = {
+        "how": "rise of peak resident memory during the first call in a fresh process, over what it held with packages "
+        "imported, model and images in memory",
+        **_shapes(),
+        "methods": methods,
+    }
+    path = measure.write(device, "memory", data)
+    rows = [(n, f"{m['peak_mib']:.0f}", f"{m['ratio']:.2f}") for n, m in methods.items()]
+    show(f"Peak memory of one call, {path.name}", ("", "MiB", "x plain pass"), rows)
+
+
+@pytest.mark.parametrize("dtype", SCORES.values())
+def test_share_of_pattern_counting(benchmark: BenchmarkFixture, device: str, show: Show, dtype: str) -> None:
+    if reason := _no_kernels(device):
+        pytest.skip(reason)
+    found: dict[int, dict[str, float]] = {}
+
+    def all_sizes() -> None:
+        for samples in (16, 24, 64):
+            found[samples] = _pattern_shares(Subject(samples), dtype, runs=3)
+
+    benchmark.pedantic(all_sizes, rounds=1)
+    data = {**_shapes(), "samples": list(found), "dtype": dtype, "by_samples": found}
+    path = measure.write(device, f"patterns-{dtype}", data)
+    rows = [(f"S = {s}", *(f"{row[c]:.4f}" for c in row)) for s, row in found.items()]
+    show(f"Seconds of the parts of a score in {dtype}, {path.name}", ("", *next(iter(found.values()))), rows)
+
+
+def _measured(benchmark: BenchmarkFixture, subject: Subject, names: Any, rounds: int) -> dict[str, dict[str, float]]:
+    in_turn = measure.Rounds({name: subject.method(name) for name in names}, subject.device)
+    benchmark.pedantic(in_turn, rounds=rounds)
+    _agree(in_turn.first)
+    summary = in_turn.summary(BASELINE)
+    benchmark.extra_info.update(summary)
+    return summary
+
+
+def _report(
+    what: str,
+    device: str,
+    show: Show,
+    methods: dict[str, dict[str, float]],
+    extra: dict[str, Any],
+    missing: str | None,
+) -> None:
+    data = {**_shapes(), **extra, "baseline": BASELINE, "methods": methods}
+    if missing:
+        data["not_measured"] = dict.fromkeys(SCORES, missing)
+    path = measure.write(device, what, data)
+    columns = ("median_seconds", "ratio", "ratio_of_fastest", "share_of_floor")
+    rows = [(n, *(f"{m[c]:.3f}" if c in m else "" for c in columns)) for n, m in methods.items()]
+    rows += [(name, missing, "", "", "") for name in SCORES if missing]
+    show(f"S = G = {SAMPLES}, {torch.get_num_threads()} threads, {path.name}", HEADS, rows)
+
+
+def _shapes() -> dict[str, Any]:
+    return {"space": "autoformer-tiny", "image_size": 224, "samples": SAMPLES, "groups": "one a sample", "arch": ARCH}
+
+
+def _no_kernels(device: str) -> str | None:
+    """Says why scores cannot be measured on a device, or None."""
+    return next((b.detail for b in backends.backends() if b.name == device and not b.available), None)
+
+
+def _installed(package: str) -> bool:
+    try:
+        __import__(package.lower())
+    except ImportError:
+        return False
+    return True
+
+
+def _agree(results: dict[str, Any]) -> None:
+    """Checks that methods that are compared compute the same."""
+    for name, found in results.items():
+        if name in PACKAGES:
+            expected = results["loop over samples"]
+            assert found == pytest.approx(expected, rel=1e-5), name
+        if name in SCORES and "loop over samples" in results:
+            assert found.trainability == pytest.approx(results["loop over samples"], rel=1e-3), name
+
+
+def _floor_seconds(subject: Subject, dtype: torch.dtype) -> float:
+    """The multiplications of one forward and backward pass, at the rate of this machine's large matrix products."""
+    flops = 6 * subject.space.macs(ARCH) * len(subject.images)
+    size = 2048
+    a, b = (torch.randn(size, size, device=subject.device).to(dtype) for _ in range(2))
+    in_turn = measure.Rounds({"product": lambda: a @ b}, subject.device)
+    for _ in range(10):
+        in_turn()
+    return flops * min(in_turn.wall["product"]) / (2 * size**3)
+
+
+def _pattern_shares(subject: Subject, dtype: str, runs: int) -> dict[str, float]:
+    """Returns the fastest of some scores: its seconds, those of activations with packing, without, and of counting."""
+    scores = [_timed_parts(subject, dtype) for _ in range(runs)]
+    best = min(scores[1:], key=lambda parts: parts["score"])
+    patterns = max(best["activations with packing"] - best["activations alone"], 0.0) + best["counting"]
+    return {**best, "share of packing and counting": patterns / best["score"]}
+
+
+def _timed_parts(subject: Subject, dtype: str) -> dict[str, float]:
+    parts = dict.fromkeys(("activations with packing", "activations alone", "counting"), 0.0)
+    originals = lswag.activate_and_pack, lswag.count_distinct
+
+    def timed(part: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        parts[part] += time.perf_counter() - start
+        return result
+
+    def activate(pre: torch.Tensor, kind: str, **options: Any) -> Any:
+        timed("activations alone", lambda: F.gelu(pre))
+        return timed("activations with packing", lambda: originals[0](pre, kind, **options))
+
+    def count(*arguments: Any) -> Any:
+        return timed("counting", lambda: originals[1](*arguments))
+
+    lswag.activate_and_pack, lswag.count_distinct = activate, count
+    try:
+        start = time.perf_counter()
+        scoring.score(subject.supernet.subnet(ARCH), subject.images, subject.labels, dtype=dtype)
+        whole = time.perf_counter() - start
+    finally:
+        lswag.activate_and_pack, lswag.count_distinct = originals
+    return {"score": whole - parts["activations alone"], **parts}

@@ -1,0 +1,251 @@
+"""Activation patterns: signs of activations packed across samples, and exact counts over them.
+
+A pattern belongs to one neuron (one position of one activation): S bits, bit n is 1 where sample n is > 0. The number
+of distinct patterns is Psi of L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equation 7); the agreements of samples are
+the kernel matrix of NWOT (Mellor et al., ICML 2021).
+
+Packed words are int64 [W, P]: W = ceil(S / 64) rows, P positions in the row-major order of the activation's shape
+without its sample axis, whatever its strides. Bit n % 64 of row n // 64 is sample n's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..errors import InputError
+from ..options import MAX_SAMPLES
+
+ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
+"""What `activate_and_pack` computes; gelu is the exact one, by erf."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Up to here a tag for each of the 2^S patterns, partition by partition, takes less time than hash sets.
+_TAG_SAMPLES = 26
+_TAG_BITS = 13  # 2^13 tags of a partition are 16 KB
+_PARALLEL_BITS = 4  # partitions enough to share among threads
+_PARTITION = 1024  # positions, so that a hash set takes some 24 KB
+
+
+@dataclass(frozen=True)
+class PatternCounts:
+    """Distinct patterns of all activations together and of each, and the positions of each."""
+
+    union: int
+    per_layer: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def pack_signs(
+    activation: Tensor, *, words: Tensor | None = None, first_sample: int = 0, samples: int | None = None
+) -> Tensor:
+    """Packs the signs of a post-activation across samples.
+
+    Args:
+        activation: [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array on the CPU; any strides.
+        words: the words of the samples before `first_sample` of a larger batch, to which these are added in place.
+            Where they have too few rows for the new samples, a longer copy is returned.
+        first_sample: the bit of the activation's sample 0.
+        samples: pack only the first so many samples of `activation`, 0 to S.
+
+    Returns:
+        words int64 [W, P], W = ceil((first_sample + samples) / 64).
+
+    Raises:
+        InputError: the dtype, device, shape or one of the numbers cannot be used.
+    """
+    activation = _tensor(activation, "activation")
+    count = _sample_count(activation, samples, first_sample)
+    words, accumulate = _words_for(activation, words, first_sample + count)
+    _C.pack_signs(activation, None, words, 0, first_sample, count, accumulate, torch.get_num_threads())
+    return words
+
+
+def activate_and_pack(
+    pre: Tensor, kind: str, *, samples: int | None = None, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Applies an activation function and packs the signs of its result, in one pass.
+
+    Args:
+        pre: pre-activation [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array on the CPU.
+        kind: one of `ACTIVATIONS`. Computed in float32; gelu to 2.4e-7, where 1 + erf in float32 loses 1.2e-6.
+        samples: pack only the first so many samples; the function is applied to all.
+        inplace: write the result over `pre`.
+
+    Returns:
+        The post-activation, of the dtype and shape of `pre`, and the words int64 [W, P] of exactly its values > 0.
+
+    Raises:
+        InputError: the dtype, device or shape cannot be used, or `kind` is none of `ACTIVATIONS`.
+    """
+    if kind not in ACTIVATIONS:
+        raise InputError(f"kind must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
+    pre = _tensor(pre, "pre")
+    count = _sample_count(pre, samples, 0)
+    if inplace and any(stride == 0 and size > 1 for stride, size in zip(pre.stride(), pre.shape, strict=True)):
+        raise InputError(
+            "inplace needs a tensor whose elements do not overlap, got an expanded one; call .clone() first"
+        )
+    post = pre if inplace else torch.empty_like(pre)
+    words, _ = _words_for(pre, None, count)
+    _C.pack_signs(pre, post, words, 1 + ACTIVATIONS.index(kind), 0, count, False, torch.get_num_threads())
+    return post, words
+
+
+def count_patterns(words: Sequence[Tensor], samples: int) -> PatternCounts:
+    """Counts the distinct patterns of several activations, exactly, over their first `samples` samples.
+
+    Args:
+        words: of each activation, as `pack_signs` gives them; int64 [W, P], P may differ.
+        samples: S, from 1 to 64 * W.
+
+    Raises:
+        InputError: words of another dtype or shape, or with fewer rows than S samples need.
+    """
+    words = _checked_words(words, samples)
+    positions = tuple(w.shape[1] for w in words)
+    if sum(positions) == 0:
+        return PatternCounts(0, tuple(0 for _ in words), positions)
+    if samples <= _TAG_SAMPLES and len(words) < 2**16:
+        union, per_layer = _count_by_tags(words, samples)
+    else:
+        union, per_layer = _count_by_hash(words, samples)
+    return PatternCounts(union, tuple(per_layer), positions)
+
+
+def count_distinct(words: Sequence[Tensor], samples: int) -> int:
+    """Returns the number of distinct patterns of all activations together; see `count_patterns`."""
+    return count_patterns(words, samples).union
+
+
+def hamming_kernel(words: Sequence[Tensor], samples: int) -> Tensor:
+    """Returns the number of positions at which each two samples agree: int64 [S, S], the positions on its diagonal.
+
+    That is NWOT's kernel matrix, N_A less the Hamming distance of two samples' binary codes, before its logarithm of
+    the determinant. Takes words and raises as `count_patterns` does.
+    """
+    words = _checked_words(words, samples)
+    threads = torch.get_num_threads()
+    out = torch.empty(samples, samples, dtype=torch.int64)
+    codes = _workspace(threads * words_per_pattern(samples) * 64 * _C.code_words)
+    _C.count_agreements(words, samples, codes, _workspace(threads * samples * samples), out, threads)
+    return out
+
+
+def activation_patterns(activations: Sequence[Tensor], *, pattern_samples: int | None = None) -> PatternCounts:
+    """Counts the distinct activation patterns of a network (Psi is the `union`), exactly.
+
+    Args:
+        activations: post-activations [S, ...] with the same S, 2 to 1024, as `pack_signs` takes them.
+        pattern_samples: count over the first so many samples, 2 to S; None: all.
+
+    Raises:
+        InputError: an activation cannot be used, S differs between them or is out of range.
+    """
+    tensors = [_tensor(a, f"activations[{i}]") for i, a in enumerate(activations)]
+    if not tensors:
+        raise InputError("activations is empty; give at least one post-activation [S, ...]")
+    sizes = sorted({len(t) for t in tensors})
+    if len(sizes) > 1:
+        raise InputError(f"activations must share their sample axis 0, got S = {', '.join(map(str, sizes))}")
+    samples = sizes[0] if pattern_samples is None else pattern_samples
+    if not 2 <= samples <= sizes[0] <= MAX_SAMPLES:
+        raise InputError(
+            f"patterns need 2 to {MAX_SAMPLES} samples and pattern_samples from 2 to S, "
+            f"got S = {sizes[0]}, pattern_samples = {pattern_samples}"
+        )
+    return count_patterns([pack_signs(t, samples=samples) for t in tensors], samples)
+
+
+def words_per_pattern(samples: int) -> int:
+    """Returns W, the int64 words of a pattern of S samples."""
+    return -(-samples // 64)
+
+
+def _count_by_tags(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
+    threads = torch.get_num_threads()
+    bits = max(samples - _TAG_BITS, min(samples, _PARALLEL_BITS))
+    kept = _workspace(-(-sum(w.shape[1] for w in words) // 4))
+    ends, histograms = _workspace(len(words) << bits), _workspace(threads << bits)
+    tags = _workspace(-(-(threads << (samples - bits)) // 4))
+    return _C.count_patterns_by_tags(words, samples, bits, kept, ends, histograms, tags, threads)
+
+
+def _count_by_hash(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
+    threads = torch.get_num_threads()
+    width = words_per_pattern(samples)
+    total = sum(w.shape[1] for w in words)
+    bits = min(13, max(0, (total // _PARTITION).bit_length()))
+    patterns = _workspace(total * width)
+    ends = _workspace(len(words) << bits)
+    slots = _C.partition_patterns(words, samples, bits, patterns, ends, _workspace(threads << bits), threads)
+    # Only as much of the tables as the sets grow into is ever touched, and so backed by memory.
+    keys, tags = _workspace(threads * slots * width), _workspace(threads * slots // 2)
+    return _C.count_partitions(words, samples, bits, patterns, ends, slots, keys, tags, threads)
+
+
+def _workspace(numel: int) -> Tensor:
+    return torch.empty(numel, dtype=torch.int64)
+
+
+def _tensor(array: Any, name: str) -> Tensor:
+    tensor = array if isinstance(array, Tensor) else _import(array, name)
+    tensor = tensor.detach()
+    if tensor.dtype not in _DTYPES:
+        raise InputError(f"{name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device.type != "cpu":
+        raise InputError(f"{name} must be on the CPU, got {tensor.device}")
+    if tensor.dim() == 0 or tensor.dim() > 8 or len(tensor) == 0:
+        raise InputError(f"{name} must be [S, ...] with S >= 1 and at most 8 axes, got {list(tensor.shape)}")
+    return tensor
+
+
+def _import(array: Any, name: str) -> Tensor:
+    try:
+        imported: Tensor = torch.utils.dlpack.from_dlpack(array)
+        return imported
+    except (AttributeError, TypeError, BufferError, RuntimeError) as error:
+        raise InputError(f"{name} must be a tensor or a DLPack array, got {type(array).__name__}: {error}") from error
+
+
+def _sample_count(activation: Tensor, samples: int | None, first_sample: int) -> int:
+    count = len(activation) if samples is None else samples
+    if not 0 <= count <= len(activation):
+        raise InputError(f"samples must be from 0 to S = {len(activation)}, got {samples}")
+    if first_sample < 0 or first_sample + count > MAX_SAMPLES:
+        raise InputError(f"samples {first_sample} to {first_sample + count} are outside 0 to {MAX_SAMPLES}")
+    return count
+
+
+def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[Tensor, bool]:
+    """Returns the words to write for samples up to `samples`, and whether they hold bits already."""
+    positions = activation[0].numel()
+    rows = words_per_pattern(samples)
+    if words is None:
+        fresh = torch.zeros if samples != len(activation) else torch.empty
+        return fresh(rows, positions, dtype=torch.int64), samples != len(activation)
+    if words.dtype != torch.int64 or words.dim() != 2 or words.shape[1] != positions or not words.is_contiguous():
+        raise InputError(
+            f"words must be contiguous int64 [W, P] with the activation's P = {positions}, "
+            f"got {words.dtype} {list(words.shape)}"
+        )
+    if len(words) < rows:
+        words = torch.cat([words, words.new_zeros(rows - len(words), positions)])
+    return words, True
+
+
+def _checked_words(words: Sequence[Tensor], samples: int) -> list[Tensor]:
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise InputError(f"samples must be from 1 to {MAX_SAMPLES}, got {samples}")
+    for i, w in enumerate(words):
+        if w.dtype != torch.int64 or w.dim() != 2 or len(w) < words_per_pattern(samples):
+            raise InputError(
+                f"words[{i}] must be int64 [W, P] with W >= {words_per_pattern(samples)} for {samples} samples, "
+                f"got {w.dtype} {list(w.shape)}"
+            )
+    return [w.contiguous() for w in words]

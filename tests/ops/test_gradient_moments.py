@@ -1,0 +1,460 @@
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from lswag_fast import _C, reference
+from lswag_fast.errors import InputError
+from lswag_fast.ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
+
+ROUNDING = 2.0**-24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Group gradients in float64, and for each the same sum over |d| |a|, which bounds what float32 sums can lose."""
+
+    groups: list[Tensor]
+    absolute: list[Tensor]
+    terms: int
+
+    @property
+    def rounding(self) -> Tensor:
+        """What float32 products and sums of `terms` terms in a row may put on g, a standard deviation or two of it."""
+        return (4 + 2 * math.sqrt(self.terms)) * ROUNDING * torch.stack(self.absolute).amax(0)
+
+
+def linear_gradients(inputs: Sequence[Tensor], output_grads: Sequence[Tensor], groups: int) -> Gradients:
+    def weight_gradient(n: int, *, absolute: bool) -> Tensor:
+        total = torch.zeros(output_grads[0].shape[-1], inputs[0].shape[-1], dtype=torch.float64)
+        for a, d in zip(inputs, output_grads, strict=True):
+            rows_a, rows_d = a[n].double().reshape(-1, a.shape[-1]), d[n].double().reshape(-1, d.shape[-1])
+            total += rows_d.abs().T @ rows_a.abs() if absolute else rows_d.T @ rows_a
+        return total
+
+    samples = len(inputs[0])
+    terms = sum(a[0].numel() // a.shape[-1] for a in inputs) * (samples // groups)
+    grouped = torch.arange(samples).view(groups, -1).tolist()
+    return Gradients(
+        [sum(weight_gradient(n, absolute=False) for n in group) / len(group) for group in grouped],
+        [sum(weight_gradient(n, absolute=True) for n in group) / len(group) for group in grouped],
+        terms,
+    )
+
+
+def convolution_gradients(inputs: Tensor, output_grads: Tensor, convolution: Convolution, groups: int) -> Gradients:
+    c = convolution
+    weight = torch.zeros(
+        output_grads.shape[1], inputs.shape[1] // c.groups, *c.kernel_size, dtype=torch.float64, requires_grad=True
+    )
+
+    def weight_gradient(rows: Tensor, grads: Tensor) -> Tensor:
+        # Zeros enough for every read beyond the plane: the padding at its end follows from the output's size.
+        ends = [
+            (out - 1) * stride + (kernel - 1) * dilation + 1 - pad - size
+            for out, stride, kernel, dilation, pad, size in zip(
+                grads.shape[2:], c.stride, c.kernel_size, c.dilation, c.padding, rows.shape[2:], strict=True
+            )
+        ]
+        padded = F.pad(rows, (c.padding[1], max(ends[1], 0), c.padding[0], max(ends[0], 0)))
+        out = F.conv2d(padded, weight, None, c.stride, 0, c.dilation, c.groups)
+        return torch.autograd.grad(out[:, :, : grads.shape[2], : grads.shape[3]], weight, grads)[0]
+
+    a, d = inputs.double(), output_grads.double()
+    size = len(a) // groups
+    parts = [slice(k * size, (k + 1) * size) for k in range(groups)]
+    return Gradients(
+        [weight_gradient(a[p], d[p]) / size for p in parts],
+        [weight_gradient(a[p].abs(), d[p].abs()) / size for p in parts],
+        size * d.shape[2] * d.shape[3],
+    )
+
+
+def assert_holds(moments: GradientMoments, gradients: Gradients) -> None:
+    """Holds the maps to the rounding of float32 sums, and for G >= 4 the log terms to 1e-5."""
+    expected = reference.moments_of(gradients.groups)
+    assert moments.maps is not None
+    slack = gradients.rounding + 8 * ROUNDING * expected.mean_abs
+    for got, wanted in ((moments.maps.sigma, expected.sigma), (moments.maps.mean_abs, expected.mean_abs)):
+        assert got.shape == wanted.shape
+        assert torch.all((got - wanted).abs() <= slack)
+    assert moments.numel == expected.numel
+    certain = (expected.sigma - reference.DEAD * expected.mean_abs).abs() > slack
+    dead = moments.maps.sigma <= reference.DEAD * moments.maps.mean_abs
+    assert torch.equal(dead[certain], expected.dead[certain])
+    assert moments.dead == int(dead.sum())
+    count = expected.numel
+    assert moments.mean_sigma == pytest.approx(moments.maps.sigma.mean().item(), rel=1e-12)
+    assert moments.mean_abs_gradient == pytest.approx(moments.maps.mean_abs.mean().item(), rel=1e-12)
+    if moments.dead == count:
+        assert moments.log_sum_inverse_sigma is None
+        assert moments.log_sum_mean_over_sigma is None
+        return
+    alive = ~dead
+    sigma, mean = moments.maps.sigma[alive], moments.maps.mean_abs[alive]
+    assert moments.log_sum_inverse_sigma == pytest.approx((1 / sigma).sum().log().item(), abs=1e-12)
+    assert moments.log_sum_mean_over_sigma == pytest.approx((mean / sigma).sum().log().item(), abs=1e-12)
+    if len(gradients.groups) >= 4 and torch.all(certain):
+        assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-5)
+        assert moments.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=1e-5)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """Returns the values of [S, T, C] as a view with other strides."""
+    samples, tokens, channels = tensor.shape
+    if layout == "sequence first":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "channels apart":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "slice":
+        wide = torch.full((samples, tokens + 2, channels + 3), math.nan, dtype=tensor.dtype)
+        wide[:, 1:-1, 2:-1] = tensor
+        return wide[:, 1:-1, 2:-1]
+    return tensor.contiguous()
+
+
+LAYOUTS = ("contiguous", "sequence first", "channels apart", "slice")
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], int]:
+    groups = draw(st.integers(2, 6))
+    samples = groups * draw(st.integers(1, 3))
+    uses = draw(st.integers(1, 2))
+    in_width, out_width = draw(st.integers(1, 120)), draw(st.integers(1, 40))
+    dtypes = [draw(st.sampled_from(DTYPES)) for _ in range(2)]
+    seed = draw(st.integers(0, 2**20))
+    inputs, output_grads = [], []
+    for u in range(uses):
+        tokens = draw(st.sampled_from([1, 2, 5, 17, 140, 263]))
+        a, d = normal(seed + 2 * u, samples, tokens, in_width), normal(seed + 2 * u + 1, samples, tokens, out_width)
+        inputs.append(laid_out(a.to(dtypes[0]), draw(st.sampled_from(LAYOUTS))))
+        output_grads.append(laid_out((d / 64).to(dtypes[1]), draw(st.sampled_from(LAYOUTS))))
+    return inputs, output_grads, groups
+
+
+@settings(max_examples=min(40, settings().max_examples))
+@given(layers())
+def test_linear_layers_hold_to_the_definition(layer: tuple[list[Tensor], list[Tensor], int]) -> None:
+    inputs, output_grads, groups = layer
+    moments = gradient_moments(inputs, output_grads, groups, maps=True)
+    assert_holds(moments, linear_gradients(inputs, output_grads, groups))
+
+
+def test_one_group_a_sample_is_the_default() -> None:
+    a, d = normal(0, 6, 5, 9), normal(1, 6, 5, 4)
+    assert gradient_moments(a, d) == gradient_moments(a, d, 6)
+
+
+def test_tokens_may_span_several_dimensions_that_cannot_be_merged() -> None:
+    a = normal(0, 4, 6, 8, 10, 7).permute(0, 3, 1, 2, 4)[:, :, ::2]
+    d = normal(1, 4, 10, 3, 8, 5)
+    moments = gradient_moments(a, d, maps=True)
+    assert_holds(moments, linear_gradients([a], [d], 4))
+
+
+def test_a_tensor_without_token_dimension_is_one_token() -> None:
+    a, d = normal(0, 8, 30), normal(1, 8, 20)
+    assert gradient_moments(a, d, 4) == gradient_moments(a.unsqueeze(1), d.unsqueeze(1), 4)
+
+
+def test_numpy_arrays_and_tensors_that_require_gradients_are_read() -> None:
+    a, d = normal(0, 4, 3, 10), normal(1, 4, 3, 6)
+    expected = gradient_moments(a, d)
+    assert gradient_moments(a.numpy(), d.numpy()) == expected
+    assert gradient_moments([a.requires_grad_()], (d.requires_grad_(),)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 31, 600])
+def test_equal_magnitudes_are_exactly_dead(dtype: torch.dtype, tokens: int) -> None:
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])
+    a = normal(0, 1, tokens, 70).expand(5, -1, -1).to(dtype)
+    d = (normal(1, 1, tokens, 11) * signs.view(-1, 1, 1)).to(dtype)
+    moments = gradient_moments(a, d, maps=True)
+    assert moments.dead == moments.numel == 770
+    assert moments.log_sum_inverse_sigma is None
+    assert moments.log_sum_mean_over_sigma is None
+    assert moments.mean_sigma == 0
+    assert moments.mean_abs_gradient > 0
+    assert moments.maps is not None
+    assert not moments.maps.sigma.any()
+
+
+def test_dead_rows_and_columns_are_counted_and_left_out() -> None:
+    a, d = normal(0, 8, 21, 60), normal(1, 8, 21, 20)
+    a[:, :, 7] = 0
+    d[:, :, 3] = 0
+    moments = gradient_moments(a, d, maps=True)
+    assert moments.dead == 60 + 20 - 1
+    assert_holds(moments, linear_gradients([a], [d], 8))
+
+
+def test_one_live_weight_among_dead_ones_is_found() -> None:
+    a, d = torch.zeros(4, 2, 50), torch.zeros(4, 2, 30)
+    a[:, 0, 49] = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    d[:, 0, 29] = 1e-25
+    moments = gradient_moments(a, d)
+    assert moments.dead == 1499
+    sigma = 1e-25 * np.std([1.0, 2.0, 3.0, 5.0])
+    assert moments.log_sum_inverse_sigma == pytest.approx(-math.log(sigma), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-19, 1e19, 1e37])
+def test_magnitudes_neither_underflow_nor_overflow(dtype: torch.dtype, magnitude: float) -> None:
+    a, d = normal(0, 8, 19, 60).to(dtype), (normal(1, 8, 19, 20) * magnitude).to(dtype)
+    moments = gradient_moments(a, d, 4, maps=True)
+    assert moments.dead == 0
+    assert moments.mean_abs_gradient > 0
+    assert_holds(moments, linear_gradients([a], [d], 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_may_differ_within_a_layer(dtype: torch.dtype) -> None:
+    a = (normal(0, 8, 19, 60) * 10.0 ** -torch.linspace(0, 20, 60)).to(dtype)
+    d = (normal(1, 8, 19, 20) * 10.0 ** -torch.linspace(0, 30, 20)).to(dtype)
+    moments = gradient_moments(a, d, 4, maps=True)
+    assert moments.dead == 0
+    assert_holds(moments, linear_gradients([a], [d], 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rest", "outlier"), [(1e-20, 1e10), (0.0, 1e-30)])
+def test_magnitudes_that_few_gradients_have_are_seen(dtype: torch.dtype, rest: float, outlier: float) -> None:
+    a, d = normal(0, 4, 64, 50).to(dtype), normal(1, 4, 64, 40) * rest
+    d[:, 62:, 37:] = normal(2, 4, 2, 3) * outlier
+    moments = gradient_moments(a, d.to(dtype), maps=True)
+    assert_holds(moments, linear_gradients([a], [d.to(dtype)], 4))
+
+
+def test_gradients_that_are_not_finite_give_nan() -> None:
+    a, d = normal(0, 4, 3, 10), normal(1, 4, 3, 6)
+    d[2, 1, 4] = math.inf
+    moments = gradient_moments(a, d)
+    assert math.isnan(moments.log_sum_inverse_sigma or 0.0)
+    assert math.isnan(moments.mean_sigma)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("convolution", [None, Convolution((3, 3), padding=(1, 1)), Convolution((3, 3), groups=40)])
+def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, convolution: Convolution | None) -> None:
+    shapes = ((6, 300, 200), (6, 300, 90)) if convolution is None else ((6, 40, 9, 8), (6, 40, 7, 6))
+    a, d = (normal(n, *shape).to(dtype) for n, shape in enumerate(shapes))
+    results = []
+    for count in (1, 2, 3, 7, 1):
+        torch.set_num_threads(count)
+        results.append(gradient_moments(a, d, 3, convolution=convolution, signed=True, maps=True))
+    for other in results[1:]:
+        assert (other.log_sum_inverse_sigma, other.mean_sigma) == (
+            results[0].log_sum_inverse_sigma,
+            results[0].mean_sigma,
+        )
+        assert other.signed == results[0].signed
+        for name, tensor in vars(results[0].maps).items():
+            assert torch.equal(tensor, getattr(other.maps, name))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Convolution, int]:
+    groups = draw(st.integers(2, 4))
+    samples = groups * draw(st.integers(1, 2))
+    channel_groups = draw(st.sampled_from([1, 1, 2, 19]))
+    in_channels, out_channels = (channel_groups * draw(st.sampled_from([1, 2, 5])) for _ in range(2))
+    pairs = {
+        name: (draw(st.integers(low, high)), draw(st.integers(low, high)))
+        for name, low, high in (("kernel_size", 1, 4), ("stride", 1, 3), ("padding", 0, 2), ("dilation", 1, 2))
+    }
+    convolution = Convolution(**pairs, groups=channel_groups)
+    plane = [
+        draw(st.integers((k - 1) * r + 1, 13)) for k, r in zip(pairs["kernel_size"], pairs["dilation"], strict=True)
+    ]
+    # The end of the plane may be padded otherwise than its beginning.
+    end = draw(st.integers(0, 2))
+    out = [
+        (size + pad + end - (k - 1) * r - 1) // s + 1
+        for size, pad, k, r, s in zip(
+            plane, pairs["padding"], pairs["kernel_size"], pairs["dilation"], pairs["stride"], strict=True
+        )
+    ]
+    dtype = draw(st.sampled_from(DTYPES))
+    seed = draw(st.integers(0, 2**20))
+    a = normal(seed, samples, in_channels, *plane).to(dtype)
+    d = normal(seed + 1, samples, out_channels, *out).to(dtype)
+    if draw(st.booleans()):
+        a = a.to(memory_format=torch.channels_last)
+    if draw(st.booleans()):
+        d = d.to(memory_format=torch.channels_last)
+    return a, d, convolution, groups
+
+
+@settings(max_examples=min(60, settings().max_examples))
+@given(convolutions())
+def test_convolutions_hold_to_autograd(layer: tuple[Tensor, Tensor, Convolution, int]) -> None:
+    inputs, output_grads, convolution, groups = layer
+    moments = gradient_moments(inputs, output_grads, groups, convolution=convolution, maps=True)
+    assert_holds(moments, convolution_gradients(inputs, output_grads, convolution, groups))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("convolution", "in_channels", "out_channels", "size"),
+    [
+        (Convolution((16, 16), stride=(16, 16)), 3, 24, 48),
+        (Convolution((7, 7), padding=(3, 3), groups=40), 40, 40, 20),
+        (Convolution((3, 3), padding=(1, 1)), 32, 20, 18),
+        (Convolution((1, 1)), 64, 48, 6),
+    ],
+)
+def test_the_convolutions_of_vision_models(
+    convolution: Convolution, in_channels: int, out_channels: int, size: int, channels_last: bool
+) -> None:
+    out = size // convolution.stride[0]
+    a, d = normal(0, 4, in_channels, size, size), normal(1, 4, out_channels, out, out)
+    if channels_last:
+        a, d = (t.to(memory_format=torch.channels_last) for t in (a, d))
+    moments = gradient_moments(a, d, convolution=convolution, maps=True)
+    assert_holds(moments, convolution_gradients(a, d, convolution, 4))
+
+
+@pytest.mark.parametrize("convolution", [None, Convolution((3, 3)), Convolution((3, 3), groups=20)])
+def test_signed_moments(convolution: Convolution | None) -> None:
+    shapes = ((6, 11, 70), (6, 11, 30)) if convolution is None else ((6, 20, 9, 8), (6, 20, 7, 6))
+    a, d = (normal(n, *shape) for n, shape in enumerate(shapes))
+    d[:, 4] = 0
+    gradients = linear_gradients([a], [d], 3) if convolution is None else convolution_gradients(a, d, convolution, 3)
+    stacked = torch.stack(gradients.groups)
+    moments = gradient_moments(a, d, 3, convolution=convolution, signed=True, maps=True)
+    assert_holds(moments, gradients)
+    signed, maps = moments.signed, moments.maps
+    assert signed is not None
+    assert maps is not None
+    mean, sigma = stacked.mean(0), stacked.std(0, correction=0)
+    torch.testing.assert_close(maps.signed_mean, mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps.signed_sigma, sigma, rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps.sign_sum, stacked.sign().sum(0))
+    live = sigma > reference.DEAD * mean.abs()
+    assert signed.dead == int((~live).sum())
+    assert signed.mean_signal_to_noise == pytest.approx((mean / sigma)[live].square().mean().item(), rel=1e-3)
+    assert signed.mean_abs_mean == pytest.approx(mean.abs().mean().item(), rel=1e-6)
+    assert signed.mean_squared_mean == pytest.approx(mean.square().mean().item(), rel=1e-6)
+    assert signed.mean_sigma == pytest.approx(sigma.mean().item(), rel=1e-6)
+    assert signed.sign_agreement == pytest.approx(stacked.sign().sum(0).abs().mean().item() / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("shape", "magnitude"), [((3,), 1.0), ((40, 30), 1e-30), ((70, 3, 3, 3), 1e-19)])
+def test_gradients_that_come_one_by_one_give_the_same(
+    dtype: torch.dtype, shape: tuple[int, ...], magnitude: float
+) -> None:
+    scale = magnitude if dtype != torch.float16 else 1.0
+    gradients = [(normal(n, *shape) * scale).to(dtype) for n in range(5)]
+    for gradient in gradients:
+        gradient.view(-1)[1] = -0.5 * scale if gradient is gradients[2] else 0.5 * scale
+    accumulator = MomentsAccumulator(shape, signed=True)
+    for gradient in gradients:
+        accumulator.add(gradient)
+    moments = accumulator.finish(maps=True)
+    doubles = [g.double() for g in gradients]
+    expected = reference.moments_of(doubles)
+    assert moments.maps is not None
+    close = {"rtol": 1e-12, "atol": 1e-14 * scale}
+    torch.testing.assert_close(moments.maps.sigma, expected.sigma, **close)
+    torch.testing.assert_close(moments.maps.mean_abs, expected.mean_abs, **close)
+    torch.testing.assert_close(moments.maps.signed_mean, torch.stack(doubles).mean(0), **close)
+    assert moments.dead == int(expected.dead.sum()) == 1
+    assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-12)
+    assert moments.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=1e-12)
+
+
+def test_an_accumulator_agrees_with_the_fused_form() -> None:
+    a, d = normal(0, 6, 9, 30), normal(1, 6, 9, 20)
+    accumulator = MomentsAccumulator((20, 30))
+    for gradient in linear_gradients([a], [d], 6).groups:
+        accumulator.add(gradient.float())
+    streamed, fused = accumulator.finish(), gradient_moments(a, d)
+    assert streamed.log_sum_inverse_sigma == pytest.approx(fused.log_sum_inverse_sigma, abs=1e-5)
+    assert streamed.mean_abs_gradient == pytest.approx(fused.mean_abs_gradient, rel=1e-6)
+
+
+def test_memory_does_not_grow_with_the_samples() -> None:
+    def workspace(samples: int) -> int:
+        a, d = torch.zeros(1, 1, 500).expand(samples, 64, -1), torch.zeros(1, 1, 400).expand(samples, 64, -1)
+        return _C.GradientMoments([a], [d], samples, None, False, 2).workspace_bytes
+
+    assert workspace(1024) == workspace(2) < 4 * 2**20
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output_grads", "options", "message"),
+    [
+        (ones(64, 3, 4), ones(32, 3, 4), {}, r"output_grads \[S, \.\.\.\] with the S of inputs \(64\), got S = 32"),
+        (ones(8, 3, 4), ones(8, 2, 4), {}, r"S, T of inputs \[8, 3\], got \[8, 2\]"),
+        (ones(8, 3, 4), ones(8, 3, 4), {"groups": 3}, r"divide S, got 3"),
+        (ones(8, 3, 4), ones(8, 3, 4), {"groups": 1}, r"groups from 2 to S = 8"),
+        (ones(1, 3, 4), ones(1, 3, 4), {}, r"groups from 2 to S = 1"),
+        (ones(8, 3, 4).double(), ones(8, 3, 4), {}, r"inputs in one of float32, bfloat16, float16, got float64"),
+        (ones(8, 3, 4), ones(8, 3, 4).to("meta"), {}, r"output_grads on the CPU, got a tensor on meta"),
+        ([ones(8, 3, 4)] * 2, [ones(8, 3, 4)], {}, r"each of 2 uses"),
+        ([ones(8, 3, 4), ones(8, 3, 5)], [ones(8, 3, 4)] * 2, {}, r"of the first \[4, 4\], got \[4, 5\]"),
+        ([], [], {}, r"got an empty sequence"),
+        (ones(8, 0, 4), ones(8, 0, 4), {}, r"empty dimension"),
+        (ones(8), ones(8), {}, r"2 to 8 dimensions"),
+        ("text", ones(8), {}, r"offers __dlpack__, got str"),
+        (ones(8, 3, 4), ones(8, 3, 4), {"convolution": Convolution((3, 3))}, r"inputs \[S, C, H, W\]"),
+        (ones(2, 3, 4, 4), ones(2, 4, 2, 2), {"convolution": Convolution((3, 3), groups=2)}, r"by groups = 2"),
+        (ones(2, 2, 4, 4), ones(2, 2, 2, 2), {"convolution": Convolution((3, 3), stride=(0, 1))}, r"stride"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(inputs: object, output_grads: object, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gradient_moments(inputs, output_grads, **options)  # type: ignore[arg-type]
+
+
+def test_an_accumulator_refuses_bad_gradients() -> None:
+    accumulator = MomentsAccumulator((3, 2))
+    with pytest.raises(InputError, match=r"shape \[3, 2\], got \[2, 3\]"):
+        accumulator.add(ones(2, 3))
+    with pytest.raises(InputError, match="got int64"):
+        accumulator.add(ones(3, 2).long())
+    accumulator.add(ones(3, 2))
+    with pytest.raises(InputError, match="2 groups or more, got 1"):
+        accumulator.finish()
+
+
+@pytest.mark.parametrize("path", [path for path in _C.cpu_paths() if path != _C.cpu_path()])
+def test_every_instruction_set_gives_the_same(path: str) -> None:
+    environment = {**os.environ, "LSWAG_CPU": path, "LSWAG_TEST_PROFILE": "sanitize", "OMP_NUM_THREADS": "1"}
+    wanted = "hold_to or dead or magnitudes or signed or threads or vision or one_by_one"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", wanted]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import nn
+
+import lswag_fast
+from lswag_fast import InputError
+from lswag_fast.errors import ScoreError
+
+
+class Watched(nn.Module):
+    """Notes every forward pass on real numbers: no bad input may get that far."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.passes = 0
+
+    def forward(self, images: torch.Tensor) -> Any:
+        self.passes += not images.is_meta
+        return self.inner(images)
+
+
+class Pair(nn.Module):
+    """Returns something that cross-entropy cannot take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = networks.Attention()
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"boxes": self.inner(images)}
+
+
+def images(samples: int = 8) -> torch.Tensor:
+    return torch.randn(samples, *networks.IMAGE, generator=torch.Generator().manual_seed(0))
+
+
+def with_value(value: float) -> torch.Tensor:
+    batch = images()
+    batch[3, 0, 0, 0] = value
+    return batch
+
+
+def mean_of_all(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return output.mean()
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no image": ({"images": images(0)}, "holds no image"),
+    "one image": ({"images": images(1)}, "S = 1"),
+    "too many images": ({"images": torch.zeros(1025, 1)}, "2 to 1024 images"),
+    "integers": ({"images": images().to(torch.uint8)}, "floating-point"),
+    "an array": ({"images": [[1.0]]}, "floating-point tensor"),
+    "NaN": ({"images": with_value(float("nan"))}, "image 3"),
+    "Inf": ({"images": with_value(float("inf"))}, "image 3"),
+    "G does not divide S": ({"groups": 3}, r"divide S = 8 \(2, 4, 8\), got 3"),
+    "G of one": ({"groups": 1}, "groups must be 2 or more"),
+    "labels too long": ({"labels": torch.zeros(9, dtype=torch.long)}, r"labels \[S\].*\(8\), got \[9\]"),
+    "labels of two dimensions": ({"labels": torch.zeros(8, 5, dtype=torch.long)}, r"labels \[S\]"),
+    "labels out of range": ({"labels": torch.full((8,), 5)}, "0 to 4, the model's classes, got 5 to 5"),
+    "negative labels": ({"labels": torch.full((8,), -1)}, "got -1 to -1"),
+    "float labels": ({"labels": torch.zeros(8)}, "integer labels"),
+    "window": ({"window": (60, 40)}, "first <= last"),
+    "pooling": ({"pooling": "mean"}, "union, sum, got 'mean'"),
+    "pattern samples": ({"pattern_samples": 9}, "from 2 to S = 8, got 9"),
+    "dtype": ({"dtype": "tf32"}, "dtype must be one of"),
+    "device": ({"device": "tpu"}, "device must be auto or one of"),
+    "no CUDA": ({"device": "cuda"}, "device='cpu'"),
+    "a scalar loss": ({"loss": mean_of_all}, "one value a sample"),
+    "a loss that fails": ({"loss": lambda output, labels: output["x"]}, "cannot take the model's output"),
+    "a loss without gradient": ({"loss": lambda output, labels: output.detach().sum(1)}, "does not depend"),
+    "a loss that returns a number": ({"loss": lambda output, labels: 1.0}, "a float"),
+    "labels of a loss": ({"loss": mean_of_all, "labels": torch.zeros(7)}, r"S of images \(8\), got \[7\]"),
+    "image size": ({"images": torch.zeros(8, 3, 1, 1)}, "does not run on images"),
+    "extra parameter": ({"extra_parameters": ("nothing",)}, "'nothing', which the model does not have"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_any_work(name: str) -> None:
+    arguments, message = BAD[name]
+    model = Watched(networks.Attention())
+    batch = arguments.get("images", images())
+    rest = {k: v for k, v in arguments.items() if k != "images"}
+    with pytest.raises(InputError, match=message):
+        lswag_fast.score(model, batch, **rest)
+    # A model that fails on shapes is tried on two images, to report its own error.
+    assert model.passes == 0 or name in ("image size", "a scalar loss") or "loss" in name
+    assert model.passes <= 1
+
+
+def test_output_without_logits() -> None:
+    with pytest.raises(InputError, match=r"takes logits \[S, classes\].*returns a dict"):
+        lswag_fast.score(Pair(), images())
+
+
+def test_model_on_another_device() -> None:
+    with pytest.raises(InputError, match=r"on meta.*model.to\('cpu'\)"):
+        lswag_fast.score(networks.Attention().to("meta"), images())
+
+
+def test_images_on_another_device() -> None:
+    with pytest.raises(InputError, match="images"):
+        lswag_fast.score(networks.Attention(), images().to("meta"))
+
+
+def test_not_a_module() -> None:
+    with pytest.raises(InputError, match=r"torch\.nn\.Module, got a function"):
+        lswag_fast.score(lambda x: x, images())  # type: ignore[arg-type]
+
+
+def test_nothing_to_score() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return batch.mean((2, 3)) * self.scale
+
+    with pytest.raises(InputError, match="nothing to score"):
+        lswag_fast.score(Bare(), images())
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    model = networks.Attention()
+    with torch.no_grad():
+        model.head.bias[2] = float("inf")
+    with pytest.raises(ScoreError, match="loss of sample 0 is"):
+        lswag_fast.score(model, images())
+
+
+def test_result_is_plain_data_and_consistent() -> None:
+    result = lswag_fast.score(networks.Attention(), images(), dtype="float32", groups=4, pattern_samples=6)
+    assert result.lswag == result.trainability * result.expressivity
+    assert result.options["groups"] == 4
+    assert result.options["dtype"] == "float32"
+    assert result.options["device"] == "cpu"
+    assert result.seconds > 0
+    assert json.loads(json.dumps(result.to_dict()))["counts"]["parameters"] == result.counts.parameters
+    assert result.counts.parameters == sum(p.numel() for p in networks.Attention().parameters())
+
+
+def test_labels_are_drawn_from_the_seed() -> None:
+    torch.manual_seed(0)
+    model = networks.Attention()
+    drawn = lswag_fast.score(model, images(), seed=5, dtype="float32")
+    labels = torch.randint(networks.CLASSES, (8,), generator=torch.Generator().manual_seed(5))
+    assert drawn.lswag == lswag_fast.score(model, images(), labels, dtype="float32").lswag
+    assert drawn.lswag != lswag_fast.score(model, images(), seed=6, dtype="float32").lswag
+
+
+@pytest.mark.parametrize(("samples", "bound"), [(2, "samples"), (64, "positions")])
+def test_saturated_patterns_are_named(samples: int, bound: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 48), nn.ReLU(), nn.Linear(48, 5))
+    result = lswag_fast.score(model, images(samples), groups=2)
+    assert result.pattern_saturation.bound == bound
+    assert result.pattern_saturation.ratio > 0.95
+    assert any("Psi is at" in warning and bound in warning for warning in result.warnings)
+
+
+def test_window_leaves_the_layers_before_it_alone() -> None:
+    torch.manual_seed(0)
+    model = networks.SequenceFirst()
+    whole = lswag_fast.score(model, images(), dtype="float32")
+    late = lswag_fast.score(model, images(), dtype="float32", window=(60, 100))
+    assert [row.in_window for row in late.layers] == [row.percentile >= 60 for row in whole.layers]
+    for row, same in zip(late.layers, whole.layers, strict=True):
+        assert row.log_sum_inverse_sigma == (same.log_sum_inverse_sigma if row.in_window else None)
+    assert late.expressivity == whole.expressivity
+    assert late.trainability < whole.trainability
