@@ -4,7 +4,7 @@
 // Floor: 2 * S * T * O * I operations, those of an ordinary weight gradient, at the rate of the micro-kernel.
 #include "lswag/gradient_moments.h"
 
-#include "gradient_operand.h"
+#include "gradient_panels.h"
 #include "microkernel.h"
 #include "moment_state.h"
 #include "operand_scale.h"

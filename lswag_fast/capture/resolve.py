@@ -141,6 +141,8 @@ class _Resolver:
                 return "a convolution with more padding on one side"
             if call.kind is Kind.CONVOLUTION and axis.axis != 0:
                 return "the samples are not on the first axis of a convolution's input"
+            if call.settings != self._first.calls[layer.calls[0]].settings:
+                return "used more than once, with different strides, paddings, dilations or groups"
             oriented = call.geometry
             if len(layer.calls) > 1:
                 if oriented is None or (call.kind is Kind.CONVOLUTION and base not in (None, oriented)):

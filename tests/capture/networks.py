@@ -207,6 +207,50 @@ class Convolutions(nn.Module):
         return self.head(self.line(x.flatten(2)).mean(-1))
 
 
+class Dilations(nn.Module):
+    """One kernel at two dilations, with outputs of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 3, 3, 3) / 5)
+        self.act = nn.ReLU6()
+        self.head = nn.Linear(192, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(F.conv2d(images, self.kernel, padding=1))
+        x = F.hardtanh(F.conv2d(x, self.kernel, padding=2, dilation=2))
+        return self.head(x.flatten(1))
+
+
+class Recurrent(Base):
+    """A recurrent layer, which hands its weights over in a list and keeps them in another, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 8, batch_first=True)
+        self.cell = nn.GRUCell(8, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        states = self.lstm(x)[0]
+        return F.relu(self.cell(states[:, -1], x[:, 0]))[:, None]
+
+
+class Cached(Base):
+    """Keeps what its first forward pass computed: by device in a dict, and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: Tensor | None = None
+        self.biases: dict[str, Tensor] = {}
+        self.table = nn.Parameter(torch.randn(4))
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.positions is None:
+            self.positions = torch.linspace(0, 1, 16, device=x.device, dtype=x.dtype)[:, None]
+        bias = self.biases.setdefault(str(x.device), self.table[torch.arange(16, device=x.device) % 4][:, None])
+        return F.gelu(x + self.positions + bias)
+
+
 class Unused(Base):
     """A head that is computed and not returned, and a frozen layer."""
 

@@ -33,6 +33,7 @@ FUSED: dict[str, list[str]] = {
     "Unused": ["tokens.patch.weight", "aside.weight", "frozen.weight", "head.weight"],
     "Queries": ["tokens.patch.weight", "key.weight", "head.weight"],
     "RelativeTable": ["tokens.patch.weight", "value.weight", "head.weight"],
+    "Cached": ["tokens.patch.weight", "head.weight"],
     "Convolutions": ["stem.weight", "depthwise.weight", "grouped.weight", "line.weight", "head.weight"],
 }
 SLOW: dict[str, list[str]] = {
@@ -48,6 +49,8 @@ SLOW: dict[str, list[str]] = {
     ],
     "NoSampleAxis": ["bias_mlp.0.weight", "bias_mlp.2.weight"],
     "Convolutions": ["same.weight"],
+    "Dilations": ["kernel"],
+    "Recurrent": ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "cell.weight_ih", "cell.weight_hh"],
 }
 NAMES = sorted(FUSED.keys() | SLOW.keys())
 
