@@ -14,6 +14,8 @@ Show = Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default: cpu)")
+    parser.addoption("--rounds", default=15, type=int, help="rounds of quick methods; a fifth of them of slow ones")
+    parser.addoption("--threads", default=2, type=int, help="threads of torch (default: 2)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +30,19 @@ def device(pytestconfig: pytest.Config) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     return name
+
+
+@pytest.fixture(scope="session")
+def rounds(pytestconfig: pytest.Config) -> int:
+    """How often quick methods are timed."""
+    return int(pytestconfig.getoption("--rounds"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads(pytestconfig: pytest.Config) -> int:
+    """The number of torch's threads, set."""
+    torch.set_num_threads(pytestconfig.getoption("--threads"))
+    return torch.get_num_threads()
 
 
 @pytest.fixture

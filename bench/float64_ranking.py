@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import platform
 import time
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from measure import write
-from torch import Tensor
+from rank_statistics import kendall_tau
+from torch import Tensor, nn
 
 import lswag_fast
 from lswag_fast import images, reference, spaces
@@ -53,13 +53,6 @@ def candidates() -> list[dict[str, Any]]:
 
 def supernet() -> AutoFormerSupernet:
     return spaces.get(**SPACE).supernet(seed=SUPERNET_SEED)
-
-
-def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float:
-    """Returns Kendall's tau-b (ties counted), from all pairs; NaN where x or y is constant."""
-    signs = [np.sign(np.subtract.outer(v, v))[np.triu_indices(len(v), 1)] for v in map(np.asarray, (x, y))]
-    untied = [np.count_nonzero(s) for s in signs]
-    return float(signs[0] @ signs[1]) / math.sqrt(untied[0] * untied[1]) if min(untied) else math.nan
 
 
 def strata(archs: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list[int]]:
@@ -169,6 +162,23 @@ def log_term_error(result: lswag_fast.LswagResult, line: Mapping[str, Any]) -> f
     """Returns the largest difference of a layer's log(sum of 1/sigma) from its float64 value."""
     terms = np.array([row.log_sum_inverse_sigma for row in result.layers])
     return float(np.abs(terms - line["log_sum_inverse_sigma"]).max())
+
+
+def gelu_signs(candidate: nn.Module) -> list[Tensor]:
+    """Returns a list that fills with the signs of each GELU's output, bool [S, ...], whenever a pass computes them."""
+    signs: list[Tensor] = []
+
+    def note(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        # Passes on shapes alone, and on a couple of samples that settle where the samples are, come first.
+        if output.device.type != "meta":
+            if signs and len(output) != len(signs[0]):
+                signs.clear()
+            signs.append(output.detach() > 0)
+
+    for module in candidate.modules():
+        if isinstance(module, nn.GELU):
+            module.register_forward_hook(note)
+    return signs
 
 
 def check() -> None:

@@ -144,13 +144,13 @@ def write(device: str, what: str, data: Mapping[str, Any]) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).split(" (")[0].lower()).strip("-")
     path = RESULTS / f"{slug}-{what}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(device), **_rounded(data)}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(device), **rounded(data)}, indent=1) + "\n")
     return path
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {str(k): _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {str(k): rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value

@@ -25,11 +25,12 @@ def resolve_device(device: str) -> str:
     """Returns the device that `device` ("auto", "cpu", "cuda", "cuda:1") means here; raises InputError if none."""
     if device == "auto":
         return next(b.name for b in backends() if b.available)
+    kind, _, index = device.partition(":")
     for backend in backends():
-        if device.split(":")[0] == backend.name:
+        if kind == backend.name and (index.isdigit() or device == kind):
             if not backend.available:
                 raise InputError(f"device {device!r} cannot be used: {backend.detail}; pass device='cpu'")
-            return device
+            return kind if kind == "cpu" else device
     raise InputError(f"device must be auto or one of {', '.join(b.name for b in backends())}, got {device!r}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -35,12 +37,21 @@ class ScoreOptions:
     seed: int = 0
     numerator: Numerator = "one"
     patterns_inside_window: bool = False
-    extra_parameters: tuple[str, ...] = ()
+    extra_parameters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", tuple(self.window))
+        for name in ("groups", "pattern_samples"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        object.__setattr__(self, "seed", _integer("seed", self.seed))
+        object.__setattr__(self, "device", str(self.device))
+        if isinstance(self.extra_parameters, str):
+            raise InputError(f"extra_parameters is a sequence of names, got the text {self.extra_parameters!r}")
         object.__setattr__(self, "extra_parameters", tuple(self.extra_parameters))
-        if len(self.window) != 2 or not 0 <= self.window[0] <= self.window[1] <= 100:
+        if not isinstance(self.window, tuple | list) or len(self.window) != 2:
+            raise InputError(f"window is (first, last) in percent of depth, got {self.window!r}")
+        object.__setattr__(self, "window", tuple(_integer("each end of window", end) for end in self.window))
+        if not 0 <= self.window[0] <= self.window[1] <= 100:
             raise InputError(
                 f"window is (first, last) in percent of depth with 0 <= first <= last <= 100, got {self.window}"
             )
@@ -66,8 +77,9 @@ class ScoreOptions:
             raise InputError(f"groups must be 2 or more and divide S = {samples} ({divisors}), got {groups}")
         if coupled and groups == samples:
             raise InputError(
-                f"groups = {groups} asks for the gradient of each sample alone, which a model whose samples are "
-                f"coupled does not have; pass groups=2 (the default there), or call model.eval() first"
+                f"groups = {groups} of S = {samples} images asks for the gradient of each sample alone, which a model "
+                f"whose samples are coupled does not have; pass groups=2 (the default there) with 4 images or more, "
+                f"or call model.eval() first"
             )
         pattern_samples = samples if self.pattern_samples is None else self.pattern_samples
         if not 2 <= pattern_samples <= samples:
@@ -84,6 +96,13 @@ class ScoreOptions:
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain values that JSON can hold."""
         return asdict(self)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

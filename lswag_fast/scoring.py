@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from .capture.trace import describe, take
 from .errors import InputError
 from .options import Numerator, Pooling, ScoreOptions
 from .proxies.lswag import LswagStatistics, percentile
-from .proxies.result import Counts, LswagResult, PatternSaturation
+from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -50,7 +51,8 @@ def score(
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
             normalisation keeps its mode, and couples the samples where it normalises by the batch.
         images: [S, ...] floating-point, S from 2 to 1024, on the CPU.
-        labels: [S] integer classes for the default loss (None: drawn from `seed`), or whatever `loss` takes.
+        labels: [S] integer classes for the default loss (None: drawn from `seed`). With `loss`, an array [S, ...],
+            which is cut to the samples of each pass, or anything else, which is handed to the loss as it is.
         groups: G, the number of gradient groups that sigma is taken over; must divide S. None: one a sample (2
             where samples are coupled).
         loss: a callable (output, labels) -> [S], one loss a sample. None: cross-entropy of logits [S, classes].
@@ -78,20 +80,24 @@ def score(
         seed=seed,
         numerator=numerator,
         patterns_inside_window=patterns_inside_window,
-        extra_parameters=tuple(extra_parameters),
+        extra_parameters=extra_parameters,
     )
     start = time.perf_counter()
-    check_images(images, resolve_device(device))
+    check_images(images, resolve_device(options.device))
     samples = images.shape[0]
     resolved = options.resolved(samples)
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {describe(model)}")
     check_device(model, resolved.device)
     loss_or_default: Loss = loss if loss is not None else CrossEntropy()
+    if isinstance(labels, list) or hasattr(labels, "__array__"):
+        labels = torch.as_tensor(labels)
     if loss is not None and isinstance(labels, Tensor) and (labels.dim() == 0 or labels.shape[0] != samples):
         raise InputError(f"expected labels [S, ...] with the S of images ({samples}), got {list(labels.shape)}")
     with preserved(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        if isinstance(labels, Tensor) and labels.is_inference():
+            labels = labels.clone()  # inference tensors cannot be saved for a backward pass
         sandbox = Sandbox(model, getattr(torch, resolved.dtype))
         placeholder = torch.zeros(samples, dtype=torch.long) if loss is None else labels
         plan = trace(sandbox, images, placeholder, loss_or_default, resolved.extra_parameters)
@@ -202,8 +208,13 @@ def _result(
     )
 
 
+def _finite(row: LayerRow) -> bool:
+    terms = (row.log_sum_inverse_sigma, row.log_sum_mean_over_sigma)
+    return all(term is None or math.isfinite(term) for term in terms)
+
+
 def _messages(
-    plan: Plan, resolved: ScoreOptions, asked: ScoreOptions, rows: Sequence[Any], saturation: PatternSaturation
+    plan: Plan, resolved: ScoreOptions, asked: ScoreOptions, rows: Sequence[LayerRow], saturation: PatternSaturation
 ) -> list[str]:
     messages = []
     if plan.uncovered:
@@ -215,6 +226,9 @@ def _messages(
     if slow and plan.coupled is None:
         reasons = "; ".join(f"{row.name}: {row.slow}" for row in slow)
         messages.append(f"{len(slow)} weights took one forward and backward pass a group ({reasons})")
+    endless = [row.name for row in rows if row.log_sum_inverse_sigma is not None and not _finite(row)]
+    if endless:
+        messages.append(f"gradients that are not finite make the score NaN or infinite: {', '.join(endless)}")
     dead = [row.name for row in rows if row.dead == row.numel]
     if dead:
         messages.append(f"layers of dead weights alone, which add nothing: {', '.join(dead)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import networks
@@ -14,15 +15,16 @@ from lswag_fast.errors import ScoreError
 
 
 class Watched(nn.Module):
-    """Notes every forward pass on real numbers: no bad input may get that far."""
+    """Calls `note` in every forward pass on real numbers: no bad input may get that far."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, note: Callable[[], None]) -> None:
         super().__init__()
         self.inner = inner
-        self.passes = 0
+        self.note = note
 
     def forward(self, images: torch.Tensor) -> Any:
-        self.passes += not images.is_meta
+        if not images.is_meta:
+            self.note()
         return self.inner(images)
 
 
@@ -66,11 +68,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "labels out of range": ({"labels": torch.full((8,), 5)}, "0 to 4, the model's classes, got 5 to 5"),
     "negative labels": ({"labels": torch.full((8,), -1)}, "got -1 to -1"),
     "float labels": ({"labels": torch.zeros(8)}, "integer labels"),
+    "G of no integer": ({"groups": 2.0}, "groups must be an integer, got 2.0"),
+    "window of one": ({"window": 50}, r"window is \(first, last\)"),
+    "a name for names": ({"extra_parameters": "position"}, "a sequence of names, got the text 'position'"),
     "window": ({"window": (60, 40)}, "first <= last"),
     "pooling": ({"pooling": "mean"}, "union, sum, got 'mean'"),
     "pattern samples": ({"pattern_samples": 9}, "from 2 to S = 8, got 9"),
     "dtype": ({"dtype": "tf32"}, "dtype must be one of"),
     "device": ({"device": "tpu"}, "device must be auto or one of"),
+    "no such CPU": ({"device": "cpu:x"}, "device must be auto or one of"),
     "no CUDA": ({"device": "cuda"}, "device='cpu'"),
     "a scalar loss": ({"loss": mean_of_all}, "one value a sample"),
     "a loss that fails": ({"loss": lambda output, labels: output["x"]}, "cannot take the model's output"),
@@ -85,14 +91,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_before_any_work(name: str) -> None:
     arguments, message = BAD[name]
-    model = Watched(networks.Attention())
+    passes: list[None] = []
+    model = Watched(networks.Attention(), lambda: passes.append(None))
     batch = arguments.get("images", images())
     rest = {k: v for k, v in arguments.items() if k != "images"}
     with pytest.raises(InputError, match=message):
         lswag_fast.score(model, batch, **rest)
     # A model that fails on shapes is tried on two images, to report its own error.
-    assert model.passes == 0 or name in ("image size", "a scalar loss") or "loss" in name
-    assert model.passes <= 1
+    assert not passes or name in ("image size", "a scalar loss") or "loss" in name
+    assert len(passes) <= 1
 
 
 def test_output_without_logits() -> None:
@@ -176,3 +183,63 @@ def test_window_leaves_the_layers_before_it_alone() -> None:
         assert row.log_sum_inverse_sigma == (same.log_sum_inverse_sigma if row.in_window else None)
     assert late.expressivity == whole.expressivity
     assert late.trainability < whole.trainability
+
+
+def test_numpy_labels_of_a_loss_are_cut_to_each_pass() -> None:
+    def squares(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (output.mean(1) - labels).square()
+
+    torch.manual_seed(0)
+    model, labels = networks.Convolutions(norm=True), torch.arange(8.0)
+    expected = lswag_fast.score(model, images(), labels, loss=squares).lswag
+    assert lswag_fast.score(model, images(), labels.numpy(), loss=squares).lswag == expected  # type: ignore[arg-type]
+
+
+def test_a_device_may_be_spelt_in_other_ways() -> None:
+    for device in ("cpu:0", torch.device("cpu")):
+        result = lswag_fast.score(networks.Attention(), images(), device=device)  # type: ignore[arg-type]
+        assert result.options["device"] == "cpu"
+
+
+def test_lazy_parameters_are_refused() -> None:
+    with pytest.raises(InputError, match="run the model once"):
+        lswag_fast.score(nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), images())
+
+
+def test_coupled_samples_need_two_a_group() -> None:
+    with pytest.raises(InputError, match="with 4 images or more"):
+        lswag_fast.score(networks.Convolutions(norm=True), images(2))
+
+
+def test_extra_parameters_of_integers_are_refused() -> None:
+    model = networks.Attention()
+    model.steps = nn.Parameter(torch.arange(3), requires_grad=False)
+    with pytest.raises(InputError, match=r"'steps', which has no gradient"):
+        lswag_fast.score(model, images(), extra_parameters=("steps",))
+
+
+def test_a_model_that_refuses_bfloat16_is_told_of_float32() -> None:
+    class Mixed(networks.Attention):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return super().forward(batch + torch.zeros(()).expand(1, 1, 1, 1).float())
+
+    with pytest.raises(InputError, match="dtype='float32' may run"):
+        lswag_fast.score(Mixed(), images(), dtype="bfloat16")
+
+
+def test_a_score_that_is_not_finite_names_the_layer() -> None:
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return grad * float("inf")
+
+    class Model(networks.Attention):
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            return Overflow.apply(super().body(x))  # type: ignore[no-any-return,no-untyped-call]
+
+    result = lswag_fast.score(Model(), images())
+    assert any("not finite" in warning and "mlp.2.weight" in warning for warning in result.warnings)

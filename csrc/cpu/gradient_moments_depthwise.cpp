@@ -3,7 +3,7 @@
 //
 // Floor: 2 * S * OH * OW * C * KH * KW operations; a tap costs one load and one fused multiply-add, so two loads a
 // cycle bound it at half the rate of a matrix product.
-#include "gradient_operand.h"
+#include "gradient_panels.h"
 #include "lswag/gradient_moments.h"
 #include "moment_state.h"
 

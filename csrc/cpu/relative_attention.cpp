@@ -35,14 +35,15 @@ class ForwardUnit {
 
     // Writes the head's columns of `out`, and its rows of `softmax`.
     void run(int64_t unit, const Tensor& out, float* softmax) {
-        const int64_t sample = unit / s_.heads, head = unit % s_.heads;
-        const Matrix<const Word> v = pack(sample, head);
+        const Matrix<const Word> v = pack(unit);
         dot_tables(s_, read_only(q_), keys_, bias_);
         const float of_class = dot_row(row_, keys_.of_class, s_.width);
         const Strips strips(s_.tokens, 1);
         float first_probability = 0;
         for (int64_t strip = 0; strip < strips.count; ++strip) {
             const int64_t first = strips.start(strip), count = strips.start(strip + 1) - first;
+            for (int part = 0; unit + call_.threads < s_.units() && part < 3; ++part)
+                prefetch_rows(s_, Tokens(s_, call_.qkv, unit + call_.threads, part, 3), first, count);
             for (int64_t r = 0; r < count; ++r)
                 start_row(s_, first + r, bias_, of_class, -__builtin_inff(), strip_.row(r));
             multiply<false>(count, s_.score_width, words<Word>(s_.head_dim), read_only(q_.from(first)),
@@ -53,23 +54,20 @@ class ForwardUnit {
         }
         add_tables(s_, sums_, values_, packed_places_, out_);
         add_row(values_.of_class, 1 / softmax[1] - first_probability, s_.width, out_.data);
-        const int64_t width = s_.heads * s_.head_dim;
+        const Tokens rows(s_, out, unit, 0, 1);
         for (int64_t i = 0; i < s_.tokens; ++i)
-            write_row(out_.row(i), softmax[2 * i + 1], s_.head_dim, out,
-                      (sample * s_.tokens + i) * width + head * s_.head_dim);
+            write_row(out_.row(i), softmax[2 * i + 1], s_.head_dim, out, rows.row(i));
     }
 
  private:
     // Reads q, k and v, leaves the first query in row_, and returns v as the right operand of its product.
-    Matrix<const Word> pack(int64_t sample, int64_t head) {
-        const int64_t part = s_.heads * s_.head_dim;
-        const int64_t offset = sample * s_.tokens * 3 * part + head * s_.head_dim;
-        const Tensor& qkv = call_.qkv;
-        pack_tokens<Word>(s_, {qkv, offset, 3 * part}, nullptr, q_, row_);
-        pack_tokens<Word>(s_, {qkv, offset + part, 3 * part}, keys_.of_class, kv_, row_);
+    Matrix<const Word> pack(int64_t unit) {
+        const Tokens q(s_, call_.qkv, unit, 0, 3);
+        pack_tokens(s_, q, nullptr, q_);
+        pack_tokens(s_, Tokens(s_, call_.qkv, unit, 1, 3), keys_.of_class, kv_);
         transpose(read_only(kv_), s_.tokens, words<Word>(s_.head_dim), s_.score_width, k_columns_);
-        pack_tokens<Word>(s_, {qkv, offset + 2 * part, 3 * part}, values_.of_class, kv_, row_);
-        read_row(qkv, offset, s_.head_dim, s_.width, row_);
+        pack_tokens(s_, Tokens(s_, call_.qkv, unit, 2, 3), values_.of_class, kv_);
+        read_row(call_.qkv, q.offset, s_.head_dim, s_.width, row_);
         return over_tokens(s_, read_only(kv_), v_pairs_);
     }
 
@@ -79,20 +77,24 @@ class ForwardUnit {
         vfloat largest[kLanes] = {}, total[kLanes] = {};
         for (int64_t r = 0; r < count; ++r) {
             const float* scores = strip_.row(r);
-            largest[r] = load(scores);
-            for (int64_t j = kLanes; j < s_.score_width; j += kLanes) largest[r] = max(largest[r], load(scores + j));
+            vfloat top = load(scores);
+            for (int64_t j = kLanes; j < s_.score_width; j += kLanes) top = max(top, load(scores + j));
+            largest[r] = top;
         }
         float shift[kLanes], sum[kLanes];
         store(shift, max_rows(largest));
         for (int64_t r = 0; r < count; ++r) {
             float* scores = strip_.row(r);
+            vfloat row_total = {};
             for (int64_t j = 0; j < s_.score_width; j += kLanes) {
                 const vfloat p = exp2((load(scores + j) - splat(shift[r])) * factor);
                 store(scores + j, p);
-                total[r] += p;
+                row_total += p;
             }
-            if (first + r > 0) sum_places(s_, scores, sums_.of[0].row(first + r), sums_.of[1].row(first + r));
+            total[r] = row_total;
         }
+        for (int64_t r = first == 0 ? 1 : 0; r < count; ++r)
+            sum_places(s_, strip_.row(r), sums_.of[0].row(first + r), sums_.of[1].row(first + r));
         store(sum, sum_rows(total));
         for (int64_t r = 0; r < count; ++r) {
             softmax[2 * (first + r)] = shift[r];

@@ -100,24 +100,23 @@ class BackwardUnit {
     // Writes the head's part of grad_qkv, and adds to `partial` where there is one.
     void run(int64_t unit, const float* softmax, const Tensor& grad_out, const Tensor& grad_qkv,
              const Partial* partial) {
-        const int64_t sample = unit / s_.heads, head = unit % s_.heads;
-        const Tokens grad{grad_out, (sample * s_.tokens * s_.heads + head) * s_.head_dim, s_.heads * s_.head_dim};
-        const Tokens qkv{call_.qkv, (sample * s_.tokens * 3 * s_.heads + head) * s_.head_dim, 3 * grad.stride};
+        const Tokens qkv[] = {{s_, call_.qkv, unit, 0, 3}, {s_, call_.qkv, unit, 1, 3}, {s_, call_.qkv, unit, 2, 3}};
+        const Tokens grad(s_, grad_out, unit, 0, 1);
         pack(qkv, grad);
         dot_tables(s_, read_only(q_), keys_, score_bias_);
         dot_tables(s_, read_only(grad_), values_, p_bias_);
         score_of_class_ = dot_row(q_row_, keys_.of_class, s_.width);
         p_of_class_ = dot_row(grad_row_, values_.of_class, s_.width);
         for (int64_t first = 0; first < s_.tokens; first += block_)
-            block(first, smaller(block_, s_.tokens - first), softmax, partial != nullptr);
+            block(first, smaller(block_, s_.tokens - first), softmax, grad_out, unit + call_.threads,
+                  partial != nullptr);
         add_tables(s_, ds_sums_, keys_, packed_places_, dq_);
         add_row(keys_.of_class, -first_ds_, s_.width, dq_.data);
-        if (partial != nullptr) add_partial(qkv, grad, *partial);
+        if (partial != nullptr) add_partial(qkv[0], grad, *partial);
         for (int64_t i = 0; i < s_.tokens; ++i) {
-            const int64_t offset = qkv.offset + i * qkv.stride;
-            write_row(dq_.row(i), call_.scale, s_.head_dim, grad_qkv, offset);
-            write_row(dk_.row(i), call_.scale, s_.head_dim, grad_qkv, offset + grad.stride);
-            write_row(dv_.row(i), 1, s_.head_dim, grad_qkv, offset + 2 * grad.stride);
+            write_row(dq_.row(i), call_.scale, s_.head_dim, grad_qkv, qkv[0].row(i));
+            write_row(dk_.row(i), call_.scale, s_.head_dim, grad_qkv, qkv[1].row(i));
+            write_row(dv_.row(i), 1, s_.head_dim, grad_qkv, qkv[2].row(i));
         }
     }
 
@@ -129,27 +128,29 @@ class BackwardUnit {
         return ((s.tokens + blocks - 1) / blocks + 1) / 2 * 2;
     }
 
-    void pack(const Tokens& qkv, const Tokens& grad) {
-        const Tokens k{qkv.source, qkv.offset + grad.stride, qkv.stride};
-        const Tokens v{qkv.source, qkv.offset + 2 * grad.stride, qkv.stride};
+    void pack(const Tokens* qkv, const Tokens& grad) {
         const int64_t depth = words<Word>(s_.head_dim);
-        pack_tokens<Word>(s_, v, values_.of_class, k_, q_row_);
+        pack_tokens(s_, qkv[2], values_.of_class, k_);
         transpose(read_only(k_), s_.tokens, depth, s_.score_width, v_columns_);
-        pack_tokens<Word>(s_, k, keys_.of_class, k_, q_row_);
+        pack_tokens(s_, qkv[1], keys_.of_class, k_);
         transpose(read_only(k_), s_.tokens, depth, s_.score_width, k_columns_);
-        pack_tokens<Word>(s_, qkv, nullptr, q_, q_row_);
-        pack_tokens<Word>(s_, grad, nullptr, grad_, grad_row_);
-        read_row(qkv.source, qkv.offset, s_.head_dim, s_.width, q_row_);
+        pack_tokens(s_, qkv[0], nullptr, q_);
+        pack_tokens(s_, grad, nullptr, grad_);
+        read_row(qkv[0].source, qkv[0].offset, s_.head_dim, s_.width, q_row_);
         read_row(grad.source, grad.offset, s_.head_dim, s_.width, grad_row_);
         q_over_ = over_tokens(s_, read_only(q_), q_pairs_);
         k_over_ = over_tokens(s_, read_only(k_), k_pairs_);
         grad_over_ = over_tokens(s_, read_only(grad_), grad_pairs_);
     }
 
-    void block(int64_t first, int64_t count, const float* softmax, bool with_tables) {
+    void block(int64_t first, int64_t count, const float* softmax, const Tensor& grad_out, int64_t next,
+               bool with_tables) {
         const Strips strips(count, kPack<Word>);
         for (int64_t strip = 0; strip < strips.count; ++strip) {
             const int64_t start = strips.start(strip), rows = strips.start(strip + 1) - start;
+            for (int part = 0; next < s_.units() && part < 3; ++part)
+                prefetch_rows(s_, Tokens(s_, call_.qkv, next, part, 3), first + start, rows);
+            if (next < s_.units()) prefetch_rows(s_, Tokens(s_, grad_out, next, 0, 1), first + start, rows);
             const Matrix<float> p = strip_of(p_, p_strip_, start), ds = strip_of(ds_, ds_strip_, start);
             differentiate(first + start, rows, softmax, p, ds);
             if (first + start == 0) first_p_ = p.data[0];
@@ -180,11 +181,13 @@ class BackwardUnit {
         vfloat total[kLanes] = {};
         for (int64_t r = 0; r < rows; ++r) {
             const vfloat shift = splat(softmax[2 * (first + r)]), inverse = splat(softmax[2 * (first + r) + 1]);
+            vfloat row_total = {};
             for (int64_t j = 0; j < s_.score_width; j += kLanes) {
                 const vfloat probability = exp2((load(p.row(r) + j) - shift) * factor) * inverse;
                 store(p.row(r) + j, probability);
-                total[r] += probability * load(ds.row(r) + j);
+                row_total += probability * load(ds.row(r) + j);
             }
+            total[r] = row_total;
         }
         float mean[kLanes];
         store(mean, sum_rows(total));
@@ -215,7 +218,7 @@ class BackwardUnit {
 
     Matrix<const float> floats_of(const Tokens&, Matrix<float> packed, Matrix<float>) { return read_only(packed); }
     Matrix<const float> floats_of(const Tokens& tokens, Matrix<uint32_t>, Matrix<float> floats) {
-        pack_tokens<float>(s_, tokens, nullptr, floats, nullptr);
+        pack_tokens(s_, tokens, nullptr, floats);
         return read_only(floats);
     }
 

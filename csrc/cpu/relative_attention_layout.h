@@ -158,14 +158,26 @@ inline void pack_row(const float* row, int64_t width, float* packed) {
 }
 inline void pack_row(const float* row, int64_t width, uint32_t* packed) {
     bfloat16* halves = reinterpret_cast<bfloat16*>(packed);
-    for (int64_t d = 0; d < width; d += kLanes) store_bfloat16(halves + d, load(row + d));
+    for (int64_t d = 0; d < width; d += kLanes) {
+#if defined(__AVX512BF16__)
+        store(&halves[d].bits, (vhalf)_mm512_cvtneps_pbh((__m512)load(row + d)));
+#else
+        store_bfloat16(halves + d, load(row + d));
+#endif
+    }
 }
 
 // The words of two rows, element by element: what a product over rows reads.
 inline void interleave_rows(const float* first, const float* second, int64_t width, uint32_t* pairs) {
     for (int64_t d = 0; d < width; d += kLanes) {
+#if defined(__AVX512BF16__)
+        const vuint low = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)load(first + d)), vuint);
+        const vuint high = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)load(second + d)), vuint);
+#else
         const vuint low = round_to_bfloat16(load(first + d));
-        store(pairs + d, low | round_to_bfloat16(load(second + d)) << 16);
+        const vuint high = round_to_bfloat16(load(second + d));
+#endif
+        store(pairs + d, low | high << 16);
     }
 }
 
@@ -188,22 +200,46 @@ void transpose(Matrix<const Word> from, int64_t rows, int64_t columns, int64_t w
 struct Tokens {
     const Tensor& source;
     int64_t offset, stride;
+
+    // The tokens of (sample, head) number `unit` in part `part` of `parts` side by side.
+    Tokens(const Shape& s, const Tensor& tensor, int64_t unit, int64_t part, int64_t parts)
+        : source(tensor), stride(parts * s.heads * s.head_dim) {
+        offset = unit / s.heads * s.tokens * stride + (part * s.heads + unit % s.heads) * s.head_dim;
+    }
+    int64_t row(int64_t i) const { return offset + i * stride; }
 };
 
-// The tokens in words, row by row; `of_class` is added to the first where it is given.
-template <typename Word>
-void pack_tokens(const Shape& s, const Tokens& tokens, const float* of_class, Matrix<Word> packed, float* row) {
-    for (int64_t i = 0; i < s.tokens; ++i) {
-        const int64_t offset = tokens.offset + i * tokens.stride;
-        if constexpr (kPack<Word> == 1) {
-            read_row(tokens.source, offset, s.head_dim, s.width, packed.row(i));
-            if (i == 0 && of_class != nullptr) add_row(of_class, 1, s.width, packed.row(i));
-        } else {
-            read_row(tokens.source, offset, s.head_dim, s.width, row);
-            if (i == 0 && of_class != nullptr) add_row(of_class, 1, s.width, row);
-            pack_row(row, s.width, packed.row(i));
-        }
+// Brings rows of tokens into the second-level cache. Rows of other heads lie between those of one, which hides them
+// from the processor's own prefetching; so a unit fetches the rows of the next one while it multiplies. Inlined by
+// force: GCC takes a function that only prefetches for one without effect, and drops its calls.
+__attribute__((always_inline)) inline void prefetch_rows(const Shape& s, const Tokens& tokens, int64_t first,
+                                                         int64_t count) {
+    const int64_t size = item_size(tokens.source.dtype);
+    for (int64_t i = first; i < first + count; ++i) {
+        const char* row = tokens.source.as<const char>() + tokens.row(i) * size;
+        for (int64_t byte = 0; byte < s.head_dim * size; byte += 64) __builtin_prefetch(row + byte, 0, 2);
     }
+}
+
+// The tokens in words, row by row; `of_class` is added to the first where it is given.
+inline void pack_tokens(const Shape& s, const Tokens& tokens, const float* of_class, Matrix<float> packed) {
+    for (int64_t i = 0; i < s.tokens; ++i) {
+        read_row(tokens.source, tokens.row(i), s.head_dim, s.width, packed.row(i));
+    }
+    if (of_class != nullptr) add_row(of_class, 1, s.width, packed.data);
+}
+inline void pack_tokens(const Shape& s, const Tokens& tokens, const float* of_class, Matrix<uint32_t> packed) {
+    for (int64_t i = 0; i < s.tokens; ++i) {
+        const uint16_t* from = tokens.source.as<const uint16_t>() + tokens.row(i);
+        uint16_t* to = reinterpret_cast<uint16_t*>(packed.row(i));
+        int64_t d = 0;
+        for (; d + kLanes <= s.head_dim; d += kLanes) store(to + d, load(from + d));
+        for (; d < s.head_dim; ++d) to[d] = from[d];
+        for (; d < s.width; ++d) to[d] = 0;
+    }
+    if (of_class == nullptr) return;
+    bfloat16* first = reinterpret_cast<bfloat16*>(packed.data);
+    for (int64_t d = 0; d < s.width; d += kLanes) store_bfloat16(first + d, load_float(first + d) + load(of_class + d));
 }
 
 // Packed tokens as right operands of a product over tokens. Of float32 they are as they stand.

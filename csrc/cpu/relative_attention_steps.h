@@ -124,30 +124,32 @@ inline void start_row(const Shape& s, int64_t i, const Places& places, float of_
     for (int64_t j = s.tokens; j < s.score_width; j += kLanes) store(row + j, splat(outside));
 }
 
-inline vfloat keep_lanes(vfloat x, int64_t count) {
+// All bits of the first `count` lanes.
+inline vuint first_lanes(int64_t count) {
     vint lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const vint kept = lane < static_cast<int32_t>(smaller(count, kLanes));
-    return float_of(bits_of(x) & reinterpret_cast<vuint>(kept));
+    return reinterpret_cast<vuint>(lane < vint{} + static_cast<int32_t>(smaller(count, kLanes)));
 }
 
 // The sums over each row and each column of the key grid of one query's `row` over keys.
 inline void sum_places(const Shape& s, const float* row, float* by_row, float* by_column) {
-    const float* grid = row + 1;
-    for (int64_t r = 0; r < s.rows; r += kLanes) {
-        vfloat sums[kLanes] = {};
-        for (int64_t i = 0; i < smaller(kLanes, s.rows - r); ++i)
-            for (int64_t c = 0; c < s.columns; c += kLanes)
-                sums[i] += keep_lanes(load(grid + (r + i) * s.columns + c), s.columns - c);
-        store(by_row + r, sum_rows(sums));
+    for (int64_t c = 0; c < padded(s.columns); c += kLanes) store(by_column + c, vfloat{});
+    for (int64_t r = 0; r < padded(s.rows); r += kLanes) {
+        const int64_t count = smaller(kLanes, s.rows - r);
+        vfloat row_sums[kLanes] = {};
+        for (int64_t c = 0; c < s.columns; c += kLanes) {
+            const float* grid = row + 1 + r * s.columns + c;
+            const vuint inside = first_lanes(s.columns - c);
+            vfloat column_sums = load(by_column + c);
+            for (int64_t i = 0; i < count; ++i, grid += s.columns) {
+                const vfloat x = float_of(bits_of(load(grid)) & inside);
+                row_sums[i] += x;
+                column_sums += x;
+            }
+            store(by_column + c, column_sums);
+        }
+        store(by_row + r, sum_rows(row_sums));
     }
-    for (int64_t c = 0; c < s.columns; c += kLanes) {
-        vfloat sum = {};
-        for (int64_t r = 0; r < s.rows; ++r) sum += load(grid + r * s.columns + c);
-        store(by_column + c, keep_lanes(sum, s.columns - c));
-    }
-    for (int64_t r = (s.rows + kLanes - 1) / kLanes * kLanes; r < padded(s.rows); ++r) by_row[r] = 0;
-    for (int64_t c = (s.columns + kLanes - 1) / kLanes * kLanes; c < padded(s.columns); ++c) by_column[c] = 0;
 }
 
 }  // namespace LSWAG_ISA

@@ -128,6 +128,38 @@ inline vuint round_to_float16(vfloat x) {
     return sign | (magnitude >= 0x47800000u ? beyond : finite);
 }
 
+// The lower halves (upper = 0) or upper halves (upper = kLanes / 2) of two vectors, lane by lane in turn.
+template <int upper>
+inline vuint interleave(vuint a, vuint b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    constexpr int u = upper, n = kLanes + upper;
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, u, n, u + 1, n + 1, u + 2, n + 2, u + 3, n + 3, u + 4, n + 4, u + 5, n + 5,
+                                   u + 6, n + 6, u + 7, n + 7);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(a, b, u, n, u + 1, n + 1, u + 2, n + 2, u + 3, n + 3);
+#else
+    return __builtin_shufflevector(a, b, u, n, u + 1, n + 1);
+#endif
+#else
+    vuint both;
+    for (int lane = 0; lane < kLanes; ++lane) both[lane] = (lane % 2 ? b : a)[upper + lane / 2];
+    return both;
+#endif
+}
+
+// Transposes a square of kLanes x kLanes.
+inline void transpose(vuint (&rows)[kLanes]) {
+    for (int width = 1; width < kLanes; width *= 2) {
+        vuint mixed[kLanes];
+        for (int i = 0; i < kLanes / 2; ++i) {
+            mixed[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2]);
+            mixed[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2]);
+        }
+        for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+    }
+}
+
 // Sums in a fixed order, so that results do not depend on how lanes are folded.
 inline float sum_lanes(vfloat x) {
     float total = 0;

@@ -31,7 +31,7 @@ class Kind(Enum):
 
 _ACTIVATIONS: dict[str, list[Callable[..., Any]]] = {
     "relu": [F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_],
-    "relu6": [F.relu6],
+    "relu6": [F.relu6, F.hardtanh],  # nn.ReLU6 calls hardtanh with the limits 0 and 6
     "gelu": [F.gelu],
     "silu": [F.silu],
     "hardswish": [F.hardswish],
@@ -42,6 +42,10 @@ _MATMULS += [Tensor.__matmul__, Tensor.__rmatmul__]
 _PRODUCTS = [torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.addbmm, Tensor.addbmm]
 _PRODUCTS += [torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.inner, Tensor.inner]
 _PRODUCTS += [torch.einsum, torch.tensordot, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear, torch.bilinear]
+_PRODUCTS += [Tensor.addmm_, Tensor.baddbmm_, Tensor.addbmm_, Tensor.addmv_]
+_RECURRENT = [torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu]
+_RECURRENT += [torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell]
+_PRODUCTS += _RECURRENT
 _PRODUCTS += [torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d]
 
 KINDS: dict[Any, Kind] = {
@@ -71,6 +75,14 @@ class Product:
     weight: Tensor  # [O, I]
     bias: Tensor | None
     transposed: bool  # the call's result is y with its last two axes exchanged
+
+
+def kind_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind | None:
+    """Returns what a call is to capture; None where it runs as it is."""
+    if func is F.hardtanh:
+        limits = _bind(("input", "min_val", "max_val"), (None, -1.0, 1.0), args, kwargs)[1:]
+        return Kind.ACTIVATION if limits == [0, 6] else None
+    return KINDS.get(func)
 
 
 def linear_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product:
@@ -152,7 +164,8 @@ def activation_kind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if func is F.gelu:
         approximate = args[1] if len(args) > 1 else kwargs.get("approximate", "none")
         return ("gelu_tanh" if approximate == "tanh" else "gelu"), x, False
-    inplace = bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
+    at = 3 if func is F.hardtanh else 1
+    inplace = bool(args[at] if len(args) > at else kwargs.get("inplace", False))
     return name, x, inplace or func in (F.relu_, torch.relu_, Tensor.relu_)
 
 
@@ -220,7 +233,11 @@ def _product_multiply_adds(func: Any, args: tuple[Any, ...], out: Tensor) -> int
         return operands[0].numel() * operands[1][0].numel()
     if name.startswith("conv"):
         return out.numel() * operands[1][0].numel()
-    if name in ("bilinear",):
+    if func in _RECURRENT:
+        # Every weight meets every step of every sample once; the input has no axis but these and its channels.
+        steps = operands[0].numel() // operands[0].shape[-1]
+        return steps * sum(t.numel() for t in tensors_in(args[2:]) if t.dim() == 2)
+    if name == "bilinear":
         return out.numel() * operands[0].shape[-1] * operands[1].shape[-1]
     left = operands[-2] if len(operands) > 1 else operands[0]
     return out.numel() * left.shape[-1]

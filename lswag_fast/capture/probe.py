@@ -26,7 +26,7 @@ def probe(plan: Plan, sandbox: Sandbox, images: Tensor) -> None:
     if not folded:
         return
     modules = [module for module in sandbox.model.modules() if module.training]
-    images = images.to(sandbox.dtype)
+    images = images.detach().to(sandbox.dtype)
     before, after = _Watch(plan), _Watch(plan)
     try:
         for module in modules:

@@ -52,7 +52,7 @@ class CaptureMode(TorchFunctionMode):
         self._fused = fused
         self._first_sample = first_sample
         self._next = 0
-        self._anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True)
         self._pending: dict[int, list[tuple[Use, Tensor, Tensor]]] = {}
         self.delivered: set[int] = set()  # layers handed over, by position in the plan
         self._uses = [sum(isinstance(a, Use) and a.layer == i for a in plan.actions) for i in range(len(plan.layers))]
@@ -62,7 +62,7 @@ class CaptureMode(TorchFunctionMode):
     ) -> Any:
         """Runs `func` as the plan says."""
         kwargs = kwargs or {}
-        kind = fn.KINDS.get(func)
+        kind = fn.kind_of(func, args, kwargs)
         if kind is None or kind in fn.UNPLANNED:
             return func(*args, **kwargs)
         if kind is Kind.COMPOSITE:
@@ -79,7 +79,7 @@ class CaptureMode(TorchFunctionMode):
         if kind is Kind.CONVOLUTION:
             call = fn.convolution_arguments(args, kwargs)
             geometry = _convolution(call)
-            return intercept.convolution(call, self._anchor, lambda x, grad: self._deliver(action, x, grad, geometry))
+            return intercept.convolution(call, self.anchor, lambda x, grad: self._deliver(action, x, grad, geometry))
         if kind is Kind.LINEAR:
             product: fn.Product | None = fn.linear_arguments(args, kwargs)
         else:
@@ -89,7 +89,7 @@ class CaptureMode(TorchFunctionMode):
             product.x,
             product.weight,
             product.bias,
-            self._anchor,
+            self.anchor,
             lambda x, grad: self._deliver(action, x, grad, None),
         )
         return out.transpose(-1, -2) if product.transposed else out
@@ -150,15 +150,17 @@ def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, g
     not finite.
     """
     samples = images.shape[0]
-    images = images.to(sandbox.dtype)
+    images = images.detach().to(sandbox.dtype)
     if plan.coupled is None:
         mode = CaptureMode(plan, consumer, samples, fused=True)
         with mode:
-            losses = _losses(sandbox(images), labels, loss)
+            output = sandbox(images)
+        losses = _losses(output, labels, loss)
         expected = {action.layer for action in plan.actions if isinstance(action, Use)}
         if expected:
-            torch.autograd.backward(losses.sum())
-        del losses
+            # To the anchor alone: no leaf of the model, the loss or the images gets a gradient.
+            torch.autograd.grad(losses.sum(), mode.anchor, allow_unused=True)
+        del output, losses
         for missing in expected - mode.delivered:
             plan.layers[missing].slow_reason = "the backward pass did not reach every use of it"
     slow = [layer for layer in plan.layers if layer.kept and not layer.fused]

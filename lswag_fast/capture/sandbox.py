@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,6 +18,39 @@ from ..errors import InputError
 
 # torch.utils.deterministic is an object with properties, which type checkers take for a plain module.
 _deterministic: Any = import_module("torch.utils.deterministic")
+
+_MATH: Any = torch.backends
+_FLOAT32_BACKENDS: list[Any] = [
+    backend
+    for library, names in (("cuda", ["matmul"]), ("cudnn", ["conv", "rnn"]), ("mkldnn", ["matmul", "conv", "rnn"]))
+    for backend in (getattr(getattr(_MATH, library), name, None) for name in names)
+    if hasattr(backend, "fp32_precision")
+]
+"""What torch sets the precision of float32 products for; empty before torch 2.9, which has one setting for all."""
+
+
+class _Attributes:
+    """The attributes of every module of a model as they are now: a forward pass may fill caches, or count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, dict(vars(module))) for module in model.modules()]
+        self._containers = [
+            (value, value.copy())
+            for _, attributes in self._modules
+            for name, value in attributes.items()
+            if type(value) in (dict, OrderedDict, list, set) and not name.endswith(("_hooks", "_hooks_with_kwargs"))
+        ]
+
+    def restore(self, *, modes: bool) -> None:
+        """Puts everything back; the modes (train or eval) only where asked."""
+        for module, attributes in self._modules:
+            now = vars(module)
+            mode = {name: now[name] for name in ("training",) if name in now and not modes}
+            now.clear()
+            now.update(attributes | mode)
+        for container, content in self._containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
 
 class Sandbox:
@@ -38,14 +72,20 @@ class Sandbox:
         self.parameters = {n: _copy(p, None if n in kept else dtype) for n, p in self.originals.items()}
         self.buffers = {n: _copy(b, None if n in kept else dtype) for n, b in model.named_buffers()}
         self.dtype = dtype
+        self._attributes = _Attributes(model)
 
     def __call__(self, images: Tensor) -> Any:
         """Runs the forward pass on the copies."""
         return self.run(self.parameters, self.buffers, images)
 
     def run(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Any:
-        """Runs the forward pass on the given stand-ins for the parameters and buffers."""
-        return functional_call(self.model, {**parameters, **buffers}, (images,), strict=False)
+        """Runs the forward pass on the given stand-ins for the parameters and buffers.
+
+        Attributes that a pass before this one has set (a table kept from a pass on shapes, say) are put back first.
+        The model gets a copy of `images`, so that it may work in place on it.
+        """
+        self._attributes.restore(modes=False)
+        return functional_call(self.model, {**parameters, **buffers}, (images.clone(),), strict=False)
 
     def stand_ins(self, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns leaves that require gradients for every floating-point parameter, and buffers, on `device`."""
@@ -66,9 +106,11 @@ def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def check_device(model: nn.Module, device: str) -> None:
-    """Raises InputError unless every parameter and buffer of `model` is on `device`."""
+    """Raises InputError unless every parameter and buffer of `model` has its values, on `device`."""
     wanted = torch.device(device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"the model's {name} has no shape yet; run the model once on a batch before scoring it")
         if tensor.device.type != wanted.type:
             raise InputError(
                 f"the model's {name} is on {tensor.device}, but the score runs on {wanted}; "
@@ -83,29 +125,35 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Inside: dropout and stochastic depth off, batch normalisation in its own mode, gradients on, autocast off,
     deterministic algorithms, IEEE float32 products.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    attributes = _Attributes(model)
     python_rng, cpu_rng = random.getstate(), torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    precision = torch.get_float32_matmul_precision()
+    precisions = [(backend, backend.fp32_precision) for backend in _FLOAT32_BACKENDS]
+    precision = None if precisions else torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = _deterministic.fill_uninitialized_memory
     try:
-        for module, _ in modes:
+        for module in model.modules():
             if not isinstance(module, _NormBase):
                 module.training = False
-        torch.set_float32_matmul_precision("highest")
+        for backend in _FLOAT32_BACKENDS:
+            backend.fp32_precision = "ieee"
+        if precision:
+            torch.set_float32_matmul_precision("highest")
         # Filling fresh memory with NaN is part of deterministic mode, and would cost a pass over every tensor.
         _deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        attributes.restore(modes=True)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         _deterministic.fill_uninitialized_memory = fill
-        torch.set_float32_matmul_precision(precision)
+        for backend, value in precisions:
+            backend.fp32_precision = value
+        if precision:
+            torch.set_float32_matmul_precision(precision)
         random.setstate(python_rng)
         torch.set_rng_state(cpu_rng)
         if cuda_rng is not None:

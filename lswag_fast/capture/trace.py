@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Call:
     weight: str | None = None  # the parameter that the fused path may cover here
     weight_on_right: bool = True
     geometry: tuple[Any, ...] | None = None  # (offset, shape, strides) of a weight that is a view; None: a copy
+    settings: tuple[Any, ...] = ()  # stride, padding, dilation and groups of a convolution
     channel_axis: int = -1
     symmetric: bool = True
     # Parameters that only the slow path covers here: why, and the shape of the operand they were found in.
@@ -74,8 +75,8 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         """Runs `func`, recording what capture looks at."""
         kwargs = kwargs or {}
-        kind = fn.KINDS.get(func)
-        self.bypassed.update(self._originals[id(a)] for a in args if id(a) in self._originals)
+        kind = fn.kind_of(func, args, kwargs)
+        self.bypassed.update(self._originals[id(t)] for t in fn.tensors_in((args, kwargs)) if id(t) in self._originals)
         if kind is None:
             return func(*args, **kwargs)
         if kind is Kind.COMPOSITE:
@@ -105,7 +106,7 @@ class Tracer(TorchFunctionMode):
             reason = f"used by {getattr(func, '__name__', func)}, which has no fused rule"
             for operand in fn.tensors_in((args, kwargs)):
                 self._add_operand(call, operand, reason)
-            call.node = out.grad_fn
+            call.node = fn.tensors_in(out)[0].grad_fn
         return out
 
     def _linear(self, call: Call, product: fn.Product) -> Tensor:
@@ -135,6 +136,7 @@ class Tracer(TorchFunctionMode):
         conv = fn.convolution_arguments(args, kwargs)
         weight = self._weight(call, conv.weight, conv.x)
         call.shape, call.symmetric = tuple(conv.x.shape), conv.symmetric
+        call.settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
         call.channel_axis = conv.x.dim() - conv.weight.dim() + 1  # a single image has no axis before its channels
         positional = (conv.x, weight, *args[2:]) if len(args) > 1 else (conv.x,)
         named = {k: v for k, v in kwargs.items() if k != "input"}
@@ -184,7 +186,7 @@ class ShapeTracer(TorchFunctionMode):
     ) -> Any:
         """Runs `func`, recording shapes."""
         kwargs = kwargs or {}
-        kind = fn.KINDS.get(func)
+        kind = fn.kind_of(func, args, kwargs)
         if kind is None or kind in fn.UNPLANNED:
             return compute(kind, func, args, kwargs)
         if kind is Kind.COMPOSITE:
@@ -202,7 +204,7 @@ class ShapeTracer(TorchFunctionMode):
         return out
 
 
-def trace(sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, extra_parameters: tuple[str, ...] = ()) -> Plan:
+def trace(sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, extra_parameters: Sequence[str] = ()) -> Plan:
     """Returns the plan of a score of the model in `sandbox` on batches like `images` [S, ...].
 
     Runs the forward pass on shapes alone, at two batch sizes; where the model cannot be run so, on two and three
@@ -240,7 +242,13 @@ def record(sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, device: st
             output = sandbox.run(leaves, buffers, batch)
     except Exception as error:
         shape = ", ".join(str(n) for n in images.shape[1:])
-        raise InputError(f"the model does not run on images [S, {shape}]: {type(error).__name__}: {error}") from error
+        if sandbox.dtype is torch.float32:
+            remedy = ""
+        else:
+            remedy = f" (it ran in {str(sandbox.dtype).removeprefix('torch.')}; dtype='float32' may run)"
+        raise InputError(
+            f"the model does not run on images [S, {shape}]: {type(error).__name__}: {error}{remedy}"
+        ) from error
     value = checked_loss(loss, output, labels, len(batch))
     return Recording(tracer.calls, output, value, provenance, tracer.multiply_adds, tracer.coupled, tracer.bypassed)
 

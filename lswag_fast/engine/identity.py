@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -87,19 +88,19 @@ def tensor_digest(tensor: Tensor) -> str:
 def describe_loss(loss: Any, *, lasting: bool) -> str:
     """Returns the name under which a store knows a loss.
 
-    That is its `identity` attribute where it has one, the qualified name of a function, or the class and settings of
-    a module. `lasting` says that the store outlives this process: nameless losses are refused there, because two
-    different ones could not be told apart.
+    That is its `identity` attribute where it has one, the qualified name of a function, or the class, settings and
+    tensors of a module. `lasting` says that the store outlives this process: nameless losses are refused there,
+    because two different ones could not be told apart.
     """
     if loss is None:
         return "cross_entropy"
     if isinstance(getattr(loss, "identity", None), str):
         return str(loss.identity)
     if isinstance(loss, nn.Module):
-        settings = {name: value for name, value in vars(loss).items() if isinstance(value, bool | int | float | str)}
-        return f"{type(loss).__module__}.{type(loss).__qualname__} {settings}"
+        return "; ".join(_describe_module(name, module, lasting) for name, module in loss.named_modules())
     name = getattr(loss, "__qualname__", None)
-    if name is None or "<lambda>" in name or "<locals>" in name:
+    bound = isinstance(loss, MethodType)  # its name does not tell the object that it computes with
+    if name is None or bound or "<lambda>" in name or "<locals>" in name:
         if lasting:
             raise InputError(
                 f"a store tells losses apart by name, which {loss!r} does not have; pass a function defined at the top "
@@ -107,3 +108,25 @@ def describe_loss(loss: Any, *, lasting: bool) -> str:
             )
         return "unnamed"
     return f"{loss.__module__}.{name}"
+
+
+def _describe_module(name: str, module: nn.Module, lasting: bool) -> str:
+    """Returns the class and what sets it: numbers, texts, sequences of them, and the digests of tensors."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    plain = {key: value for key, value in vars(module).items() if key == "training" or not key.startswith("_")}
+    settings: dict[str, Any] = {}
+    for key, value in {**plain, **tensors}.items():
+        if isinstance(value, Tensor):
+            settings[key] = tensor_digest(value)
+        elif all(isinstance(v, bool | int | float | str | None) for v in _flat(value)):
+            settings[key] = value
+        elif lasting:
+            raise InputError(
+                f"a store tells losses apart by their settings, and {key} of {type(module).__name__} is "
+                f"{value!r}; set the loss's `identity` attribute to a text that changes with what it computes"
+            )
+    return f"{name} {type(module).__module__}.{type(module).__qualname__} {settings}".strip()
+
+
+def _flat(value: Any) -> list[Any]:
+    return [v for item in value for v in _flat(item)] if isinstance(value, list | tuple) else [value]

@@ -101,17 +101,19 @@ class TokenMixing(Base):
 
 
 class Batched(Base):
-    """A matrix a head in bmm and in einsum: no fused rule."""
+    """A matrix a head in bmm, in einsum and in an addition in place: no fused rule."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Parameter(torch.randn(3, 4, 4) / 2)
         self.out = nn.Parameter(torch.randn(12, 12) / 4)
+        self.last = nn.Parameter(torch.randn(12, 12) / 4)
 
     def body(self, x: Tensor) -> Tensor:
         folded = x.unflatten(-1, (3, 4)).permute(2, 0, 1, 3).flatten(1, 2)
         y = torch.bmm(folded, self.heads).unflatten(1, (x.shape[0], 16)).permute(1, 2, 0, 3).flatten(2)
-        return torch.einsum("stc,oc->sto", F.hardswish(y), self.out)
+        y = torch.einsum("stc,oc->sto", F.hardswish(y), self.out)
+        return torch.zeros_like(y).flatten(0, 1).addmm_(y.flatten(0, 1), self.last).view_as(y)
 
 
 class SharedTable(Base):
@@ -132,6 +134,7 @@ class Derived(Base):
     def __init__(self) -> None:
         super().__init__()
         self.masked = nn.Parameter(torch.randn(12, 12) / 4)
+        self.wide = nn.Parameter(torch.randn(12, 20) / 4)
         self.register_buffer("mask", (torch.rand(12, 12) > 0.3).float())
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(12, 12))
         self.down = nn.Parameter(torch.randn(3, 12) / 2)
@@ -140,7 +143,7 @@ class Derived(Base):
         self.second = nn.Parameter(torch.randn(6, 12) / 4)
 
     def body(self, x: Tensor) -> Tensor:
-        x = F.relu(F.linear(x, self.masked * self.mask))
+        x = F.relu(F.linear(x, self.masked * self.mask)) + (x @ self.wide.tanh())[..., 4:16]
         x = F.gelu(self.normed(x)) + F.linear(x, self.up @ self.down)
         return F.linear(x, torch.cat([self.first, self.second]))
 
@@ -205,6 +208,50 @@ class Convolutions(nn.Module):
         x = F.relu6(self.grouped(F.silu(self.depthwise(x)))).relu_()
         x = F.hardswish(self.same(x))
         return self.head(self.line(x.flatten(2)).mean(-1))
+
+
+class Dilations(nn.Module):
+    """One kernel at two dilations, with outputs of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 3, 3, 3) / 5)
+        self.act = nn.ReLU6()
+        self.head = nn.Linear(192, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(F.conv2d(images, self.kernel, padding=1))
+        x = F.hardtanh(F.conv2d(x, self.kernel, padding=2, dilation=2))
+        return self.head(x.flatten(1))
+
+
+class Recurrent(Base):
+    """A recurrent layer, which hands its weights over in a list and keeps them in another, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 8, batch_first=True)
+        self.cell = nn.GRUCell(8, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        states = self.lstm(x)[0]
+        return F.relu(self.cell(states[:, -1], x[:, 0]))[:, None]
+
+
+class Cached(Base):
+    """Keeps what its first forward pass computed: by device in a dict, and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: Tensor | None = None
+        self.biases: dict[str, Tensor] = {}
+        self.table = nn.Parameter(torch.randn(4))
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.positions is None:
+            self.positions = torch.linspace(0, 1, 16, device=x.device, dtype=x.dtype)[:, None]
+        bias = self.biases.setdefault(str(x.device), self.table[torch.arange(16, device=x.device) % 4][:, None])
+        return F.gelu(x + self.positions + bias)
 
 
 class Unused(Base):

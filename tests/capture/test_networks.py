@@ -33,13 +33,15 @@ FUSED: dict[str, list[str]] = {
     "Unused": ["tokens.patch.weight", "aside.weight", "frozen.weight", "head.weight"],
     "Queries": ["tokens.patch.weight", "key.weight", "head.weight"],
     "RelativeTable": ["tokens.patch.weight", "value.weight", "head.weight"],
+    "Cached": ["tokens.patch.weight", "head.weight"],
     "Convolutions": ["stem.weight", "depthwise.weight", "grouped.weight", "line.weight", "head.weight"],
 }
 SLOW: dict[str, list[str]] = {
-    "Batched": ["heads", "out"],
+    "Batched": ["heads", "out", "last"],
     "SharedTable": ["table.weight"],
     "Derived": [
         "masked",
+        "wide",
         "normed.parametrizations.weight.original1",
         "up",
         "down",
@@ -48,6 +50,8 @@ SLOW: dict[str, list[str]] = {
     ],
     "NoSampleAxis": ["bias_mlp.0.weight", "bias_mlp.2.weight"],
     "Convolutions": ["same.weight"],
+    "Dilations": ["kernel"],
+    "Recurrent": ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "cell.weight_ih", "cell.weight_hh"],
 }
 NAMES = sorted(FUSED.keys() | SLOW.keys())
 
@@ -202,6 +206,21 @@ def test_a_custom_loss_and_structured_outputs() -> None:
         model, images, targets, loss=margin, groups=8, parameters=[row.name for row in scored.layers]
     )
     assert scored.trainability == pytest.approx(expected.trainability, abs=1e-4)
+
+
+def test_a_loss_may_use_products_and_activations_of_its_own() -> None:
+    def smooth(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        centred = output @ (torch.eye(CLASSES, dtype=output.dtype, device=output.device) - 1 / CLASSES)
+        return nn.functional.gelu(centred * target[:, None]).square().sum(1)
+
+    images, labels = batch()
+    model, targets = build("Attention"), labels.float()
+    scored = lswag_fast.score(model, images, targets, loss=smooth, dtype="float32")
+    names = [row.name for row in scored.layers]
+    terms = reference.group_gradients(model, images, targets, 8, names, smooth)
+    for row in scored.layers:
+        expected = reference.moments_of(terms[row.name]).log_sum_inverse_sigma
+        assert row.log_sum_inverse_sigma == pytest.approx(expected, abs=1e-5), row.name
 
 
 def test_weights_that_nothing_covers_are_named_once() -> None:

@@ -96,3 +96,77 @@ def test_frozen_parameters_are_scored_like_the_others() -> None:
     free = lswag_fast.score(model, images)
     frozen = lswag_fast.score(model.requires_grad_(False), images)
     assert free.layers == frozen.layers
+
+
+def test_what_a_forward_pass_keeps_is_put_back() -> None:
+    torch.manual_seed(0)
+    model = networks.Cached()
+    images = torch.randn(4, *networks.IMAGE)
+    lswag_fast.score(model, images, dtype="bfloat16")
+    assert model.positions is None
+    assert model.biases == {}
+    model(images)
+    assert model.biases.keys() == {"cpu"}
+
+
+def test_recurrent_layers_go_on_with_their_own_weights() -> None:
+    torch.manual_seed(0)
+    model = networks.Recurrent()
+    lswag_fast.score(model, torch.randn(4, *networks.IMAGE))
+    assert all(a is b for a, b in zip(model.lstm._flat_weights, model.lstm.parameters(), strict=True))
+
+
+def test_images_and_loss_keep_their_gradients() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.scale * (output.mean(1) - labels).square()
+
+    loss = Scaled()
+    images = torch.randn(4, *networks.IMAGE, requires_grad=True)
+    lswag_fast.score(networks.Attention(), images, torch.zeros(4), loss=loss)
+    assert images.grad is None
+    assert loss.scale.grad is None
+
+
+def test_a_model_that_works_in_place_on_its_input_leaves_the_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ReLU(inplace=True), networks.Attention())
+    images = torch.randn(4, *networks.IMAGE)
+    before = images.clone()
+    result = lswag_fast.score(model, images, dtype="float32")
+    assert torch.equal(images, before)
+    model[0].inplace = False
+    assert lswag_fast.score(model, images, dtype="float32").lswag == pytest.approx(result.lswag, rel=1e-6)
+
+
+def test_inference_mode_outside_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model, images, labels = networks.Attention(), torch.randn(4, *networks.IMAGE), torch.tensor([0, 1, 2, 3])
+    expected = lswag_fast.score(model, images, labels).lswag
+    with torch.inference_mode():
+        assert lswag_fast.score(model, images.clone(), labels.clone()).lswag == expected
+        assert torch.is_inference_mode_enabled()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one precision for all")
+def test_precision_set_for_one_backend_is_lifted_and_put_back() -> None:
+    seen: list[str] = []
+
+    class Watch(networks.Attention):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.mkldnn.conv.fp32_precision)
+            return super().forward(images)
+
+    convolutions = torch.backends.mkldnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "bf16"
+    try:
+        lswag_fast.score(Watch(), torch.randn(4, *networks.IMAGE))
+        assert set(seen) == {"ieee"}
+        assert convolutions.fp32_precision == "bf16"
+    finally:
+        convolutions.fp32_precision = before

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lswag_fast import spaces
 from lswag_fast.engine import scorer as scorer_module
-from lswag_fast.engine.identity import Context
+from lswag_fast.engine.identity import Context, describe_loss
 from lswag_fast.engine.scorer import Scorer
 from lswag_fast.errors import InputError, ScoreError, StoreError
 from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
@@ -176,6 +176,26 @@ def test_nameless_loss_needs_an_identity_to_be_stored(tmp_path: Path) -> None:
     loss.identity = "output, version 1"  # type: ignore[attr-defined]
     with scorer(tmp_path / "s.db", loss=loss) as scoring:
         assert scoring.context.loss == "output, version 1"
+
+
+class Weighted:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return output[:, 0] * self.weight
+
+
+def test_losses_that_differ_in_weights_or_objects_are_told_apart() -> None:
+    names = [
+        describe_loss(nn.CrossEntropyLoss(weight=torch.full((4,), weight), reduction="none"), lasting=True)
+        for weight in (1.0, 2.0, 2.0)
+    ]
+    assert names[0] != names[1] == names[2]
+    with pytest.raises(InputError, match="identity"):
+        describe_loss(Weighted(2.0).loss, lasting=True)
+    with pytest.raises(InputError, match="distance_function of Triplet"):
+        describe_loss(nn.TripletMarginWithDistanceLoss(distance_function=lambda a, b: a), lasting=True)
 
 
 @pytest.mark.parametrize(

@@ -284,8 +284,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, convolu
 def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Convolution, int]:
     groups = draw(st.integers(2, 4))
     samples = groups * draw(st.integers(1, 2))
-    channel_groups = draw(st.sampled_from([1, 1, 2, 19]))
-    in_channels, out_channels = (channel_groups * draw(st.sampled_from([1, 2, 5])) for _ in range(2))
+    channel_groups = draw(st.sampled_from([1, 2, 19]))
+    depthwise = channel_groups == 19 and draw(st.booleans())
+    widths = st.just(1) if depthwise else st.sampled_from([1, 2, 5])
+    in_channels, out_channels = (channel_groups * draw(widths) for _ in range(2))
     pairs = {
         name: (draw(st.integers(low, high)), draw(st.integers(low, high)))
         for name, low, high in (("kernel_size", 1, 4), ("stride", 1, 3), ("padding", 0, 2), ("dilation", 1, 2))
@@ -327,6 +329,7 @@ def test_convolutions_hold_to_autograd(layer: tuple[Tensor, Tensor, Convolution,
     [
         (Convolution((16, 16), stride=(16, 16)), 3, 24, 48),
         (Convolution((7, 7), padding=(3, 3), groups=40), 40, 40, 20),
+        (Convolution((3, 5), (2, 1), padding=(2, 6), dilation=(2, 3), groups=20), 20, 20, 18),
         (Convolution((3, 3), padding=(1, 1)), 32, 20, 18),
         (Convolution((1, 1)), 64, 48, 6),
     ],
@@ -334,8 +337,8 @@ def test_convolutions_hold_to_autograd(layer: tuple[Tensor, Tensor, Convolution,
 def test_the_convolutions_of_vision_models(
     convolution: Convolution, in_channels: int, out_channels: int, size: int, channels_last: bool
 ) -> None:
-    out = size // convolution.stride[0]
-    a, d = normal(0, 4, in_channels, size, size), normal(1, 4, out_channels, out, out)
+    out = [size // stride for stride in convolution.stride]
+    a, d = normal(0, 4, in_channels, size, size), normal(1, 4, out_channels, *out)
     if channels_last:
         a, d = (t.to(memory_format=torch.channels_last) for t in (a, d))
     moments = gradient_moments(a, d, convolution=convolution, maps=True)

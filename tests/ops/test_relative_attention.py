@@ -15,7 +15,6 @@ from lswag_fast import _C
 from lswag_fast.errors import InputError
 from lswag_fast.ops.relative_attention import multiply_adds, relative_attention, relative_attention_torch
 
-GRIDS = [(1, 1), (2, 2), (3, 5), (5, 3), (1, 9), (16, 17)]
 
 
 def definition(qkv, key_tables, value_tables, *, heads, grid, scale):
@@ -60,8 +59,9 @@ def run(attention, inputs, grad_seed=1, **options):
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("reach", [2, 14])
+@pytest.mark.parametrize(
+    ("grid", "reach"), [((1, 1), 1), ((2, 2), 3), ((3, 5), 2), ((5, 3), 14), ((1, 9), 2), ((16, 17), 14)]
+)
 def test_twin_is_the_definition(grid, reach):
     inputs = make_inputs(1, 2, 4, grid, reach)
     options = {"heads": 2, "grid": grid, "scale": 0.7}
@@ -72,7 +72,7 @@ def test_twin_is_the_definition(grid, reach):
 
 
 def test_twin_gradients_by_finite_differences():
-    inputs = make_inputs(2, 2, 3, (2, 3), 1)
+    inputs = make_inputs(1, 2, 2, (2, 3), 1)
     torch.autograd.gradcheck(
         lambda qkv, kv, kh, vv, vh: relative_attention_torch(qkv, (kv, kh), (vv, vh), heads=2, grid=(2, 3)), inputs
     )
@@ -132,7 +132,7 @@ def assert_native_is_the_definition(inputs, *, heads, grid, scale=None):
         assert error <= tolerance, f"{name}: {error:.2e} is above {tolerance:.2e}"
 
 
-@settings(max_examples=25)
+@settings(max_examples=16)
 @given(
     samples=st.integers(1, 3),
     heads=st.integers(1, 4),
@@ -258,7 +258,7 @@ def test_per_sample_gradients_by_vmap():
 def test_every_instruction_set_of_this_machine(path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", __file__],
-        env={**os.environ, "LSWAG_CPU": path},
+        env={**os.environ, "LSWAG_CPU": path, "OMP_WAIT_POLICY": "passive"},
         capture_output=True,
         text=True,
         check=False,
