@@ -23,4 +23,10 @@ site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
 export LSWAG_TEST_PROFILE=sanitize PYTHONPATH=$tree/package:$site OMP_NUM_THREADS=2
-exec python -S -m pytest -q -p no:cacheprovider tests/ops "$@"
+# The tests that run others once for each instruction set would do so with the hooks.
+run() { python -S -m pytest -q -p no:cacheprovider -k "not instruction_set and ($1)" tests/ops; }
+run test
+paths=$(python -S -c 'import torch; from lswag_fast import _C; print(*[p for p in _C.cpu_paths() if p != _C.cpu_path()])')
+for path in $paths; do
+    LSWAG_CPU=$path run "native or hold or count or packed or torchs"
+done
