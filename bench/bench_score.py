@@ -23,6 +23,7 @@ from lswag_fast import backends, scoring
 from lswag_fast.proxies import lswag
 
 SAMPLES = 16
+PRODUCT = 2048
 SCRIPT = Path(score_methods.__file__)
 HEADS = ("", "median s", "x plain pass", "fastest / fastest", "share of floor")
 
@@ -33,12 +34,16 @@ def test_score_beside_plain_passes(benchmark: BenchmarkFixture, device: str, rou
     missing = _no_kernels(device)
     names = PLAIN if missing else (*PLAIN, *SCORES)
     subject = Subject(SAMPLES, device)
-    floors = {dtype: _floor_seconds(subject, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    methods = _measured(benchmark, subject, names, rounds)
+    products = {f"product of {PRODUCT} x {PRODUCT}, {str(d)[6:]}": d for d in (torch.float32, torch.bfloat16)}
+    runs = {name: subject.method(name) for name in names}
+    runs |= {name: _matrix_product(dtype, device) for name, dtype in products.items()}
+    methods = _measured(benchmark, runs, device, rounds)
+    # The floor: the multiplications of one forward and backward pass at the rate of the large matrix product.
+    work = 6 * subject.space.macs(ARCH) * SAMPLES / (2 * PRODUCT**3)
+    floors = {name.split()[-1]: work * methods.pop(name)["median_seconds"] for name in products}
     for name, row in methods.items():
-        dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
-        row["share_of_floor"] = floors[dtype] / row["median_seconds"]
-    _report("score", device, show, methods, {"floor_seconds": {str(d)[6:]: s for d, s in floors.items()}}, missing)
+        row["share_of_floor"] = floors[name.split()[-1]] / row["median_seconds"]
+    _report("score", device, show, methods, {"floor_seconds": floors}, missing)
 
 
 def test_other_ways_to_per_sample_gradients(benchmark: BenchmarkFixture, device: str, rounds: int, show: Show) -> None:
@@ -46,7 +51,8 @@ def test_other_ways_to_per_sample_gradients(benchmark: BenchmarkFixture, device:
     names = [BASELINE, *([] if missing else SCORES), *PACKAGES]
     subject = Subject(SAMPLES, device)
     names = [name for name in names if name not in ("Opacus", "BackPACK") or _installed(name)]
-    methods = _measured(benchmark, subject, names, max(1, rounds // 5))
+    runs = {name: subject.method(name) for name in names}
+    methods = _measured(benchmark, runs, device, max(1, rounds // 5))
     _report("per-sample-gradients", device, show, methods, {}, missing)
 
 
@@ -90,8 +96,10 @@ def test_share_of_pattern_counting(benchmark: BenchmarkFixture, device: str, sho
     show(f"Seconds of the parts of a score in {dtype}, {path.name}", ("", *next(iter(found.values()))), rows)
 
 
-def _measured(benchmark: BenchmarkFixture, subject: Subject, names: Any, rounds: int) -> dict[str, dict[str, float]]:
-    in_turn = measure.Rounds({name: subject.method(name) for name in names}, subject.device)
+def _measured(
+    benchmark: BenchmarkFixture, runs: dict[str, Callable[[], Any]], device: str, rounds: int
+) -> dict[str, dict[str, float]]:
+    in_turn = measure.Rounds(runs, device)
     benchmark.pedantic(in_turn, rounds=rounds)
     _agree(in_turn.first)
     summary = in_turn.summary(BASELINE)
@@ -144,15 +152,9 @@ def _agree(results: dict[str, Any]) -> None:
             assert found.trainability == pytest.approx(results["loop over samples"], rel=1e-3), name
 
 
-def _floor_seconds(subject: Subject, dtype: torch.dtype) -> float:
-    """The multiplications of one forward and backward pass, at the rate of this machine's large matrix products."""
-    flops = 6 * subject.space.macs(ARCH) * len(subject.images)
-    size = 2048
-    a, b = (torch.randn(size, size, device=subject.device).to(dtype) for _ in range(2))
-    in_turn = measure.Rounds({"product": lambda: a @ b}, subject.device)
-    for _ in range(10):
-        in_turn()
-    return flops * min(in_turn.wall["product"]) / (2 * size**3)
+def _matrix_product(dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
 
 
 def _pattern_shares(subject: Subject, dtype: str, runs: int) -> dict[str, float]:

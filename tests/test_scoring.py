@@ -211,6 +211,13 @@ def test_coupled_samples_need_two_a_group() -> None:
         lswag_fast.score(networks.Convolutions(norm=True), images(2))
 
 
+def test_extra_parameters_of_integers_are_refused() -> None:
+    model = networks.Attention()
+    model.steps = nn.Parameter(torch.arange(3), requires_grad=False)
+    with pytest.raises(InputError, match=r"'steps', which has no gradient"):
+        lswag_fast.score(model, images(), extra_parameters=("steps",))
+
+
 def test_a_model_that_refuses_bfloat16_is_told_of_float32() -> None:
     class Mixed(networks.Attention):
         def forward(self, batch: torch.Tensor) -> torch.Tensor:

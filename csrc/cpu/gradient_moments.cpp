@@ -207,7 +207,7 @@ void run_blocks(const GradientMomentsPlan& plan, const Blocking& blocking, char*
 #pragma omp parallel num_threads(plan.threads)
     {
         char* const mine = memory + thread_number() * blocking.thread_bytes;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t item = 0; item < items; ++item) {
             const int64_t row_tile = item % blocks / blocking.column_blocks * blocking.block_row_tiles;
             const int64_t column_tile = item % blocks % blocking.column_blocks * blocking.block_column_tiles;
@@ -284,11 +284,11 @@ void gradient_moments_workspace(const GradientMomentsPlan& plan, int64_t* bytes)
     *bytes = round_up(blocking.tiles(plan) * kMomentSums * 8) + plan.threads * blocking.thread_bytes;
 }
 
-// A scale needs the largest magnitude to a factor of 2^50 or so: one piece in eight of the operands tells it, at an
-// eighth of the memory traffic. Should it not, sums overflow, which shows, and every piece is looked at.
+// A scale needs the largest magnitude to a factor of 2^50 or so: one piece in 32 of the operands tells it, for next to
+// no memory traffic. Should it not, sums overflow, which shows, and every piece is looked at.
 void gradient_moments(const GradientMomentsPlan& plan, void* workspace, const MomentMapPointers& maps,
                       MomentResults* results) {
-    const Scales sampled(plan, 8);
+    const Scales sampled(plan, 32);
     if (sampled.certain) {
         run_blocks_or_depthwise(plan, sampled, workspace, maps, results);
         if (is_finite(results->sums[kMeanAbs]) && is_finite(results->sums[kSigma])) return;

@@ -64,7 +64,8 @@ struct PanelWriter {
     template <typename Element>
     void fetch_row(int64_t row, Element* line) const {
         for (int m = 0; m < Width; ++m) line[m] = 0;
-        // Pieces of lines far apart: their latency is all there is to this, and no hardware prefetcher sees them coming.
+        // Pieces of lines far apart: their latency is all there is to this, and no hardware prefetcher sees them
+        // coming.
         const int64_t ahead = row + 16 < rows.count ? row + 16 : row;
         for (int r = 0; r < run_count; ++r) __builtin_prefetch(base + rows.offset[ahead] + runs[r].offset);
         for (int r = 0; r < run_count; ++r)

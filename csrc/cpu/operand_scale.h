@@ -101,7 +101,7 @@ inline uint32_t largest_bits(const Tensor& tensor, int64_t every, int threads) {
     const int64_t pieces = (length + piece - 1) / piece, jobs = lines.count() * pieces;
     const Source* const data = static_cast<const Source*>(tensor.data);
     uint32_t largest = 0;
-#pragma omp parallel for num_threads(threads) reduction(max : largest) if (jobs > 8 * every)
+#pragma omp parallel for num_threads(threads) reduction(max : largest) if (jobs > 256 * every)
     for (int64_t job = 0; job < jobs; job += every) {
         const int64_t begin = job % pieces * piece, count = length - begin < piece ? length - begin : piece;
         const uint32_t found = largest_in_line(data + lines.offset(job / pieces) + begin * stride, count, stride);

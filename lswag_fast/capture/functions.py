@@ -42,6 +42,7 @@ _MATMULS += [Tensor.__matmul__, Tensor.__rmatmul__]
 _PRODUCTS = [torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.addbmm, Tensor.addbmm]
 _PRODUCTS += [torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.inner, Tensor.inner]
 _PRODUCTS += [torch.einsum, torch.tensordot, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear, torch.bilinear]
+_PRODUCTS += [Tensor.addmm_, Tensor.baddbmm_, Tensor.addbmm_, Tensor.addmv_]
 _RECURRENT = [torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu]
 _RECURRENT += [torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell]
 _PRODUCTS += _RECURRENT

@@ -71,6 +71,8 @@ class _Resolver:
         for name in extra_parameters:
             if name not in self._sandbox.originals:
                 raise InputError(f"extra_parameters names {name!r}, which the model does not have")
+            if not self._sandbox.originals[name].is_floating_point():
+                raise InputError(f"extra_parameters names {name!r}, which has no gradient: it holds no real numbers")
             layer = found.setdefault(name, self._layer(name, len(self._first.calls)))
             layer.slow_reason = layer.slow_reason or "asked for by extra_parameters"
         coupled = f"the samples are coupled by {self.coupled}" if self.coupled else None
@@ -117,7 +119,8 @@ class _Resolver:
         found = {}
         for name, (reason, shape) in call.operands.items():
             full = self._sandbox.originals[name].shape
-            if shape in others and full.numel() > max(full, default=1):
+            # The second operand of a matrix product is noted as linear() takes it, transposed.
+            if (shape in others or shape[::-1] in others) and full.numel() > max(full, default=1):
                 found[name] = reason
         return found
 

@@ -154,12 +154,13 @@ def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, g
     if plan.coupled is None:
         mode = CaptureMode(plan, consumer, samples, fused=True)
         with mode:
-            losses = _losses(sandbox(images), labels, loss)
+            output = sandbox(images)
+        losses = _losses(output, labels, loss)
         expected = {action.layer for action in plan.actions if isinstance(action, Use)}
         if expected:
             # To the anchor alone: no leaf of the model, the loss or the images gets a gradient.
             torch.autograd.grad(losses.sum(), mode.anchor, allow_unused=True)
-        del losses
+        del output, losses
         for missing in expected - mode.delivered:
             plan.layers[missing].slow_reason = "the backward pass did not reach every use of it"
     slow = [layer for layer in plan.layers if layer.kept and not layer.fused]

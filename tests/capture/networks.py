@@ -101,17 +101,19 @@ class TokenMixing(Base):
 
 
 class Batched(Base):
-    """A matrix a head in bmm and in einsum: no fused rule."""
+    """A matrix a head in bmm, in einsum and in an addition in place: no fused rule."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Parameter(torch.randn(3, 4, 4) / 2)
         self.out = nn.Parameter(torch.randn(12, 12) / 4)
+        self.last = nn.Parameter(torch.randn(12, 12) / 4)
 
     def body(self, x: Tensor) -> Tensor:
         folded = x.unflatten(-1, (3, 4)).permute(2, 0, 1, 3).flatten(1, 2)
         y = torch.bmm(folded, self.heads).unflatten(1, (x.shape[0], 16)).permute(1, 2, 0, 3).flatten(2)
-        return torch.einsum("stc,oc->sto", F.hardswish(y), self.out)
+        y = torch.einsum("stc,oc->sto", F.hardswish(y), self.out)
+        return torch.zeros_like(y).flatten(0, 1).addmm_(y.flatten(0, 1), self.last).view_as(y)
 
 
 class SharedTable(Base):
@@ -132,6 +134,7 @@ class Derived(Base):
     def __init__(self) -> None:
         super().__init__()
         self.masked = nn.Parameter(torch.randn(12, 12) / 4)
+        self.wide = nn.Parameter(torch.randn(12, 20) / 4)
         self.register_buffer("mask", (torch.rand(12, 12) > 0.3).float())
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(12, 12))
         self.down = nn.Parameter(torch.randn(3, 12) / 2)
@@ -140,7 +143,7 @@ class Derived(Base):
         self.second = nn.Parameter(torch.randn(6, 12) / 4)
 
     def body(self, x: Tensor) -> Tensor:
-        x = F.relu(F.linear(x, self.masked * self.mask))
+        x = F.relu(F.linear(x, self.masked * self.mask)) + (x @ self.wide.tanh())[..., 4:16]
         x = F.gelu(self.normed(x)) + F.linear(x, self.up @ self.down)
         return F.linear(x, torch.cat([self.first, self.second]))
 

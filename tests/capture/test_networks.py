@@ -37,10 +37,11 @@ FUSED: dict[str, list[str]] = {
     "Convolutions": ["stem.weight", "depthwise.weight", "grouped.weight", "line.weight", "head.weight"],
 }
 SLOW: dict[str, list[str]] = {
-    "Batched": ["heads", "out"],
+    "Batched": ["heads", "out", "last"],
     "SharedTable": ["table.weight"],
     "Derived": [
         "masked",
+        "wide",
         "normed.parametrizations.weight.original1",
         "up",
         "down",
@@ -205,6 +206,21 @@ def test_a_custom_loss_and_structured_outputs() -> None:
         model, images, targets, loss=margin, groups=8, parameters=[row.name for row in scored.layers]
     )
     assert scored.trainability == pytest.approx(expected.trainability, abs=1e-4)
+
+
+def test_a_loss_may_use_products_and_activations_of_its_own() -> None:
+    def smooth(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        centred = output @ (torch.eye(CLASSES, dtype=output.dtype, device=output.device) - 1 / CLASSES)
+        return nn.functional.gelu(centred * target[:, None]).square().sum(1)
+
+    images, labels = batch()
+    model, targets = build("Attention"), labels.float()
+    scored = lswag_fast.score(model, images, targets, loss=smooth, dtype="float32")
+    names = [row.name for row in scored.layers]
+    terms = reference.group_gradients(model, images, targets, 8, names, smooth)
+    for row in scored.layers:
+        expected = reference.moments_of(terms[row.name]).log_sum_inverse_sigma
+        assert row.log_sum_inverse_sigma == pytest.approx(expected, abs=1e-5), row.name
 
 
 def test_weights_that_nothing_covers_are_named_once() -> None:
