@@ -130,6 +130,7 @@ def _provenance(net: AutoFormerSupernet, data: images.ImageBatch) -> dict[str, A
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -164,6 +165,24 @@ def log_term_error(result: lswag_fast.LswagResult, line: Mapping[str, Any]) -> f
     return float(np.abs(terms - line["log_sum_inverse_sigma"]).max())
 
 
+def sign_differences(net: AutoFormerSupernet, arch: Mapping[str, Any], pictures: Tensor, dtype: str) -> dict[str, int]:
+    """Returns how many activations of a candidate have another sign than in float64."""
+    signs = []
+    for precision in (torch.float64, getattr(torch, dtype)):
+        candidate = net.cast(precision).subnet(arch)
+        seen = gelu_signs(candidate)
+        with torch.no_grad():
+            candidate(pictures.to(precision))
+        signs.append(torch.cat([s.flatten(1) for s in seen], dim=1))
+    differ = signs[0] != signs[1]
+    return {
+        "activations": differ.numel(),
+        "other_sign": int(differ.sum()),
+        "positions": differ.shape[1],
+        "positions_with_another_sign": int(differ.any(0).sum()),
+    }
+
+
 def gelu_signs(candidate: nn.Module) -> list[Tensor]:
     """Returns a list that fills with the signs of each GELU's output, bool [S, ...], whenever a pass computes them."""
     signs: list[Tensor] = []
@@ -185,7 +204,14 @@ def check() -> None:
     """Ranks all candidates in each dtype, prints what comes out, and writes it."""
     net, data = supernet(), batch()
     _, lines = read_scores()
-    found = {dtype: rank(net, data, lines, dtype) for dtype in ("float32", "bfloat16")}
+    firsts = [lines[rows[0]]["arch"] for rows in strata([line["arch"] for line in lines]).values()]
+    found = {
+        dtype: {
+            **rank(net, data, lines, dtype),
+            "signs": [sign_differences(net, arch, data.images, dtype) for arch in firsts],
+        }
+        for dtype in ("float32", "bfloat16")
+    }
     write("cpu", "ranking", {"settings": settings(), "against_float64": found})
     print(json.dumps(found, indent=1))
 

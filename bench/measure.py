@@ -21,6 +21,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class Rounds:
@@ -71,7 +72,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     """
     gc.collect()
     # 5 resets the high-water mark of resident memory (proc_pid_clear_refs, Linux 4.0).
-    Path("/proc/self/clear_refs").write_text("5")
+    CLEAR_REFS.write_text("5")
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before

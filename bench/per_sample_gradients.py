@@ -1,7 +1,8 @@
 """Other ways to the trainability of L-SWAG: whole per-sample gradients, by the packages that people use for them.
 
-Each takes the candidate in the published formulation and returns Lambda with G = S. Weights only: biases, norms, tokens
-and tables are frozen, which spares all of them work that the score does not need.
+Each takes the candidate in the published formulation and returns Lambda with G = S. Biases, norms, tokens and tables
+are frozen, which spares work that the score does not need, the scatter of the tables' gradients above all. Only the
+last, the loop as published code for such proxies has it, leaves every parameter trained.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class PatchEmbed(nn.Module):
 
 def with_plain_modules(candidate: VisionTransformerSuper) -> nn.Module:
     """Returns the candidate with its weights in nn.Linear and nn.Conv2d, the only classes that all packages know.
+
+    All else is frozen.
 
     The rows of the query, key and value projections are put in the order that a plain Linear computes them in; sums
     over weights do not notice.
@@ -124,18 +127,28 @@ def backpack(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], f
 
 def loop(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
     """One forward and backward pass a sample, and Welford's moments of |g|: no per-sample gradient is kept."""
-    weights = list(_weights(model).values())
+    return _loop(model, list(_weights(model).values()), images, labels)
 
+
+def loop_training_everything(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
+    """The same with gradients of every parameter, of which those of the weights are used."""
+    weights = list(_weights(model).values())
+    return _loop(model.requires_grad_(True), weights, images, labels)
+
+
+def _loop(model: nn.Module, weights: list[nn.Parameter], images: Tensor, labels: Tensor) -> Callable[[], float]:
     def run() -> float:
         mean = [torch.zeros_like(w) for w in weights]
         squares = [torch.zeros_like(w) for w in weights]
         for n in range(len(images)):
-            value = F.cross_entropy(model(images[n : n + 1]), labels[n : n + 1])
-            for g, m, s in zip(torch.autograd.grad(value, weights), mean, squares, strict=True):
-                g = g.abs_()
+            F.cross_entropy(model(images[n : n + 1]), labels[n : n + 1]).backward()
+            for w, m, s in zip(weights, mean, squares, strict=True):
+                assert w.grad is not None
+                g = w.grad.abs_()
                 delta = g - m
                 m.add_(delta, alpha=1 / (n + 1))
                 s.addcmul_(delta, g - m)
+            model.zero_grad()
         terms = []
         for m, s in zip(mean, squares, strict=True):
             sigma = (s / len(images)).sqrt_()

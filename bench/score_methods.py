@@ -40,6 +40,7 @@ PACKAGES = {
     "Opacus": "opacus",
     "BackPACK": "backpack",
     "loop over samples": "loop",
+    "loop over samples, all trained": "loop_training_everything",
 }
 PLAIN = (BASELINE, *OWN)
 

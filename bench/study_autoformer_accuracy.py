@@ -28,6 +28,7 @@ SEEDS = range(5)
 SPACE = spaces.get("autoformer-tiny", image_size=224, patch_size=16, num_classes=1000)
 
 PROXIES = {"L-SWAG": "lswag", "Lambda": "trainability", "Psi": "expressivity"}
+PRODUCT = "sum of log numel x positions"
 GIVEN = ("sum of log numel", "positions")
 ACCURACIES = {
     "c100_kd_acc": "CIFAR-100, distilled",
@@ -68,7 +69,7 @@ def counts(records: Sequence[Any]) -> dict[str, Floats]:
     columns: dict[str, list[float]] = {
         "sum of log numel": [r.counts.sum_log_numel for r in records],
         "positions": [r.counts.positions for r in records],
-        "sum of log numel x positions": [r.counts.sum_log_numel * r.counts.positions for r in records],
+        PRODUCT: [r.counts.sum_log_numel * r.counts.positions for r in records],
         "depth": [r.arch["depth"] for r in records],
         "parameters": [r.counts.parameters for r in records],
     }
@@ -98,18 +99,20 @@ def _rho(x: Floats, y: Floats, given: Sequence[Floats]) -> float:
 
 
 def analyse(rows: Sequence[Mapping[str, Any]], proxies: dict[str, Floats], sizes: dict[str, Floats]) -> dict[str, Any]:
-    """Returns rho with every accuracy of all proxies and counts, and of the proxies given two counts."""
+    """Returns rho with every accuracy of all proxies and counts, and of the proxies given counts."""
     accuracies = {name: np.array([row[name] for row in rows]) for name in ACCURACIES}
-    given = [sizes[name][0] for name in GIVEN]
+
+    def table(predictors: Mapping[str, Floats], given: Sequence[str] = ()) -> dict[str, Any]:
+        fixed = [sizes[name][0] for name in given]
+        return {
+            name: {column: correlation(values, accuracy, fixed) for column, accuracy in accuracies.items()}
+            for name, values in predictors.items()
+        }
+
     return {
-        "spearman": {
-            name: {column: correlation(values, accuracy) for column, accuracy in accuracies.items()}
-            for name, values in {**proxies, **sizes}.items()
-        },
-        "partial_spearman": {
-            name: {column: correlation(values, accuracy, given) for column, accuracy in accuracies.items()}
-            for name, values in proxies.items()
-        },
+        "spearman": table({**proxies, **sizes}),
+        "partial_spearman": table({**proxies, PRODUCT: sizes[PRODUCT]}, GIVEN),
+        "partial_spearman_given_product_too": table(proxies, (*GIVEN, PRODUCT)),
         "spearman_with_counts": {
             name: {size: float(np.mean([spearman(v, c[0]) for v in values])) for size, c in sizes.items()}
             for name, values in proxies.items()
@@ -134,6 +137,11 @@ def markdown(data: Mapping[str, Any]) -> str:
         "accuracy after a least-squares fit on the ranks of these counts.",
         "",
         *_table(data["partial_spearman"]),
+        "",
+        "The product of the counts is no sum of their ranks, so that something is left of it, and of L-SWAG, which "
+        "follows it. Partial rho given the product as well:",
+        "",
+        *_table(data["partial_spearman_given_product_too"]),
         "",
         "Rho of the proxies with the counts themselves:",
         "",

@@ -49,7 +49,8 @@ def score(
 
     Args:
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
-            normalisation keeps its mode, and couples the samples where it normalises by the batch.
+            normalisation keeps its mode, and couples the samples where it normalises by the batch. No other coupling is
+            recognised: a model that mixes its samples otherwise (z - z.mean(0)) is scored as if it did not.
         images: [S, ...] floating-point, S from 2 to 1024, on the CPU.
         labels: [S] integer classes for the default loss (None: drawn from `seed`). With `loss`, an array [S, ...],
             which is cut to the samples of each pass, or anything else, which is handed to the loss as it is.
@@ -64,7 +65,8 @@ def score(
         seed: of the labels, where none are given.
         numerator: "one" (L-SWAG) or "mean" (ZiCo's mean of |g| over sigma).
         patterns_inside_window: count Psi inside the window only.
-        extra_parameters: names of parameters to score as layers too (biases, norms, embeddings), by the slow path.
+        extra_parameters: names of parameters to score as layers too (biases, norms, embeddings), by the slow path and
+            numbered after all others.
 
     Raises:
         InputError: the arguments do not fit the model or each other; nothing has been computed then.

@@ -22,12 +22,6 @@ constexpr int kTileColumns = 2 * kLanes;
 #endif
 constexpr int kTileVectors = kTileColumns / kLanes;
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasBf16Dot = true;
-#else
-constexpr bool kHasBf16Dot = false;
-#endif
-
 namespace detail {
 
 template <int Vectors>

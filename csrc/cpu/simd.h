@@ -171,11 +171,6 @@ inline double sum_lanes(vdouble x) {
     for (int lane = 0; lane < kLanes / 2; ++lane) total += x[lane];
     return total;
 }
-inline float max_lanes(vfloat x) {
-    float largest = x[0];
-    for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest ? x[lane] : largest;
-    return largest;
-}
 
 }  // namespace LSWAG_ISA
 }  // namespace lswag

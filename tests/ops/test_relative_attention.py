@@ -16,7 +16,6 @@ from lswag_fast.errors import InputError
 from lswag_fast.ops.relative_attention import multiply_adds, relative_attention, relative_attention_torch
 
 
-
 def definition(qkv, key_tables, value_tables, *, heads, grid, scale):
     """The published formulation, T x T x D tables gathered by index, one pair of tokens at a time."""
     samples, tokens, width = qkv.shape
