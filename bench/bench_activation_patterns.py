@@ -9,13 +9,11 @@ rounds, of the wall and of the processor (threads that wait for one another coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from conftest import Show
 from measure import Rounds
-from torch import Tensor
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch.nn import functional as F
 
 from lswag_fast.ops import activation_patterns as ap
@@ -28,7 +26,7 @@ ROUNDS = 9
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("samples", SAMPLES)
-def test_patterns_of_a_score(samples: int, dtype: str, show: Show) -> None:
+def test_patterns_of_a_score(benchmark: BenchmarkFixture, samples: int, dtype: str, show: Show) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (samples, TOKENS, WIDTH)
     layers = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(LAYERS)]
@@ -44,8 +42,7 @@ def test_patterns_of_a_score(samples: int, dtype: str, show: Show) -> None:
         },
         "cpu",
     )
-    for _ in range(ROUNDS):
-        rounds()
+    benchmark.pedantic(rounds, rounds=ROUNDS)
     times = {name: 1e3 * min(seconds) for name, seconds in rounds.wall.items()}
     processor = {name: 1e3 * min(seconds) for name, seconds in rounds.processor.items()}
     values = LAYERS * out.numel() * out.element_size()
@@ -69,15 +66,15 @@ def test_patterns_of_a_score(samples: int, dtype: str, show: Show) -> None:
 
 
 @pytest.mark.parametrize("samples", SAMPLES)
-def test_count_patterns(benchmark: Callable[..., object], samples: int) -> None:
+def test_count_patterns(benchmark: BenchmarkFixture, samples: int) -> None:
     words = [ap.pack_signs(torch.randn(samples, TOKENS, WIDTH)) for _ in range(LAYERS)]
     benchmark(ap.count_patterns, words, samples)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activate_and_pack(benchmark: Callable[..., object], dtype: str) -> None:
+def test_activate_and_pack(benchmark: BenchmarkFixture, dtype: str) -> None:
     benchmark(ap.activate_and_pack, torch.randn(16, TOKENS, WIDTH).to(DTYPES[dtype]), "gelu")
 
 
-def test_hamming_kernel(benchmark: Callable[..., Tensor]) -> None:
+def test_hamming_kernel(benchmark: BenchmarkFixture) -> None:
     benchmark(ap.hamming_kernel, [ap.pack_signs(torch.randn(64, TOKENS, WIDTH))], 64)
