@@ -228,8 +228,15 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 
 def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from lswag_fast.cli import main; main()", *SCORE, "--count", "5000", "--json"]
+    # A shell starts background jobs with SIGINT ignored, which children inherit; the one interrupted here must not.
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     process.stdout.readline()

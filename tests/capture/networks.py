@@ -59,7 +59,7 @@ class SequenceFirst(Base):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(12, 2, 24, dropout=0.3, activation="relu", batch_first=False)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def body(self, x: Tensor) -> Tensor:
         return self.encoder(x.transpose(0, 1)).transpose(0, 1)
