@@ -123,7 +123,7 @@ def analyse(rows: Sequence[Mapping[str, Any]], proxies: dict[str, Floats], sizes
 def markdown(data: Mapping[str, Any]) -> str:
     """Returns the study as text and tables."""
     settings = data["settings"]
-    seeds = ", ".join(f"{n} ({len(s)} seeds)" for n, s in settings["seeds"].items())
+    seeds = ", ".join(f"{n} (seeds: {len(s)})" for n, s in settings["seeds"].items())
     lines = [
         "# Rank correlation with the accuracy of trained AutoFormer-Tiny networks",
         "",
