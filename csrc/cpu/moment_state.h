@@ -86,7 +86,7 @@ inline void update_moments(const MomentState<Real>& state, const Real* gradients
 }
 
 inline vdouble square_root(vdouble x) {
-    vdouble root;
+    vdouble root = x;
     for (int lane = 0; lane < kLanes / 2; ++lane) root[lane] = __builtin_sqrt(x[lane]);
     return root;
 }
