@@ -41,10 +41,14 @@ struct Blocking {
     int64_t row_tiles, column_tiles;              // of the weight (of one channel group)
     int64_t block_row_tiles, block_column_tiles;  // of a block, at most
     int64_t row_blocks, column_blocks;
-    bool carries;  // a group takes several chunks of rows: partial sums wait in memory
+    bool carries;                     // a group takes several chunks of rows: partial sums wait in memory
+    int64_t real_bytes, state_bytes;  // of a gradient; of a weight's moments
     int64_t row_panels, column_panels, partial_sums, state, thread_bytes;
 
     explicit Blocking(const GradientMomentsPlan& plan) {
+        real_bytes = sums_in_float64(plan) ? 8 : 4;
+        state_bytes = sums_in_float64(plan) ? MomentState<double>::bytes_per_weight(plan.with_signed)
+                                            : MomentState<float>::bytes_per_weight(plan.with_signed);
         row_tiles = ceil_div(plan.weight_rows, kTileRows);
         column_tiles = ceil_div(plan.weight_columns, kTileColumns);
         int64_t rows = 0;
@@ -59,8 +63,8 @@ struct Blocking {
         row_panels = round_up(rows * block_row_tiles * kTileRows * 4);
         column_panels = round_up(rows * block_column_tiles * kTileColumns * 4);
         const int64_t weights = block_row_tiles * block_column_tiles * kTileWeights;
-        partial_sums = carries ? weights * 4 : kTileWeights * 4;
-        state = MomentState<float>::bytes_per_weight(plan.with_signed) * weights;
+        partial_sums = (carries ? weights : kTileWeights) * real_bytes;
+        state = state_bytes * weights;
         thread_bytes = row_panels + column_panels + partial_sums + state;
     }
 
@@ -71,7 +75,7 @@ struct Blocking {
     // Least time by a model: products at kLanes * 2 a cycle, packing at 4 elements a cycle, whole waves of threads;
     // blocks whose moments do not fit half an L2 cache of 1 MB are not considered.
     void choose_blocks(const GradientMomentsPlan& plan, int64_t rows) {
-        const int64_t bytes = MomentState<float>::bytes_per_weight(plan.with_signed) + (carries ? 4 : 0);
+        const int64_t bytes = state_bytes + (carries ? real_bytes : 0);
         double least = -1;
         for (int64_t across = 1; across <= column_tiles; ++across) {
             const int64_t columns = ceil_div(column_tiles, across);
@@ -96,8 +100,8 @@ struct Blocking {
     }
 };
 
-// One block of the weight, worked on by one thread.
-template <typename Packed>
+// One block of the weight, worked on by one thread: panels of Packed, sums and moments of Real.
+template <typename Packed, typename Real>
 struct Block {
     const GradientMomentsPlan& plan;
     const Blocking& blocking;
@@ -109,14 +113,13 @@ struct Block {
 
     Packed* row_panels() const { return reinterpret_cast<Packed*>(memory); }
     Packed* column_panels() const { return reinterpret_cast<Packed*>(memory + blocking.row_panels); }
-    float* partial(int64_t tile) const {
+    Real* partial(int64_t tile) const {
         char* const place = memory + blocking.row_panels + blocking.column_panels;
-        return reinterpret_cast<float*>(place) + (blocking.carries ? tile * kTileWeights : 0);
+        return reinterpret_cast<Real*>(place) + (blocking.carries ? tile * kTileWeights : 0);
     }
-    MomentState<float> state(int64_t tile) const {
+    MomentState<Real> state(int64_t tile) const {
         char* const place = memory + blocking.row_panels + blocking.column_panels + blocking.partial_sums;
-        const int64_t bytes = MomentState<float>::bytes_per_weight(plan.with_signed) * kTileWeights;
-        return MomentState<float>(place + tile * bytes, kTileWeights, plan.with_signed);
+        return {place + tile * blocking.state_bytes * kTileWeights, kTileWeights, plan.with_signed};
     }
 
     // Adds `count` rows of a use, from row `begin` of the group; returns the steps of k packed.
@@ -136,8 +139,10 @@ struct Block {
     }
 
     // Only the last tile across may have fewer columns than kTileColumns filled.
-    static void multiply(int64_t steps, const Packed* a, const Packed* b, float* c, bool accumulate, int64_t filled) {
-        if (filled <= kLanes)
+    static void multiply(int64_t steps, const Packed* a, const Packed* b, Real* c, bool accumulate, int64_t filled) {
+        if constexpr (sizeof(Real) == 8)
+            multiply_tile(steps, a, b, c, kTileColumns, accumulate);
+        else if (filled <= kLanes)
             multiply_tile<1>(steps, a, b, c, kTileColumns, accumulate);
         else if (kTileVectors > 2 && filled <= 2 * kLanes)
             multiply_tile<2>(steps, a, b, c, kTileColumns, accumulate);
@@ -198,7 +203,7 @@ struct Block {
     }
 };
 
-template <typename Packed>
+template <typename Packed, typename Real>
 void run_blocks(const GradientMomentsPlan& plan, const Blocking& blocking, char* workspace, const float* scales,
                 double unit, const MomentMapPointers& maps) {
     double* const sums = reinterpret_cast<double*>(workspace);
@@ -211,27 +216,19 @@ void run_blocks(const GradientMomentsPlan& plan, const Blocking& blocking, char*
         for (int64_t item = 0; item < items; ++item) {
             const int64_t row_tile = item % blocks / blocking.column_blocks * blocking.block_row_tiles;
             const int64_t column_tile = item % blocks % blocking.column_blocks * blocking.block_column_tiles;
-            const Block<Packed> block{plan,
-                                      blocking,
-                                      scales,
-                                      mine,
-                                      item / blocks,
-                                      row_tile,
-                                      column_tile,
-                                      least(blocking.block_row_tiles, blocking.row_tiles - row_tile),
-                                      least(blocking.block_column_tiles, blocking.column_tiles - column_tile)};
+            const Block<Packed, Real> block{plan,
+                                            blocking,
+                                            scales,
+                                            mine,
+                                            item / blocks,
+                                            row_tile,
+                                            column_tile,
+                                            least(blocking.block_row_tiles, blocking.row_tiles - row_tile),
+                                            least(blocking.block_column_tiles, blocking.column_tiles - column_tile)};
             for (int64_t group = 0; group < plan.groups; ++group) block.add_group(group);
             block.finish(sums, unit, maps);
         }
     }
-}
-
-[[maybe_unused]] bool all_bfloat16(const GradientMomentsPlan& plan) {
-    for (int u = 0; u < plan.use_count; ++u)
-        if (plan.uses[u].inputs.tensor.dtype != DType::bfloat16 ||
-            plan.uses[u].output_grads.tensor.dtype != DType::bfloat16)
-            return false;
-    return true;
 }
 
 struct Scales {
@@ -266,11 +263,16 @@ void run_blocks_or_depthwise(const GradientMomentsPlan& plan, const Scales& scal
     const Blocking blocking(plan);
     char* const memory = static_cast<char*>(workspace);
 #if defined(__AVX512BF16__)
-    if (all_bfloat16(plan))
-        run_blocks<uint32_t>(plan, blocking, memory, scales.factors, unit, maps);
-    else
+    using PackedBfloat16 = uint32_t;
+#else
+    using PackedBfloat16 = float;
 #endif
-        run_blocks<float>(plan, blocking, memory, scales.factors, unit, maps);
+    if (all_bfloat16(plan))
+        run_blocks<PackedBfloat16, float>(plan, blocking, memory, scales.factors, unit, maps);
+    else if (sums_in_float64(plan))
+        run_blocks<float, double>(plan, blocking, memory, scales.factors, unit, maps);
+    else
+        run_blocks<float, float>(plan, blocking, memory, scales.factors, unit, maps);
     const double* const sums = static_cast<const double*>(workspace);
     for (int64_t tile = 0; tile < blocking.tiles(plan); ++tile)
         for (int s = 0; s < kMomentSums; ++s) results->sums[s] += sums[tile * kMomentSums + s];

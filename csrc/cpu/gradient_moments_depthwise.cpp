@@ -44,8 +44,11 @@ struct Layout {
         }
         plane = round_up(plane * kLanes * 4);
         gradient_plane = round_up(gradient_plane * kLanes * 4);
-        gradients = round_up(taps * kLanes * 4);
-        state = round_up(taps * kLanes * MomentState<float>::bytes_per_weight(plan.with_signed));
+        const bool wide = sums_in_float64(plan);
+        gradients = round_up(taps * kLanes * (wide ? 8 : 4));
+        state = round_up(taps * kLanes *
+                         (wide ? MomentState<double>::bytes_per_weight(plan.with_signed)
+                               : MomentState<float>::bytes_per_weight(plan.with_signed)));
         thread_bytes = plane + gradient_plane + gradients + state;
     }
 };
@@ -61,24 +64,39 @@ void pack_plane(const GradientOperand& operand, int64_t sample, int64_t channel,
     }
 }
 
-// Adds to Count neighbouring taps of one kernel row the products along one row of output positions.
-template <int Count>
+vfloat load_as(const float* p, vfloat) { return load(p); }
+vdouble load_as(const float* p, vdouble) { return load_double(p); }
+
+// Adds to Count neighbouring taps of one kernel row the products along one row of output positions; of a vector of
+// channels at a time as many as sums of Real take a register.
+template <int Count, typename Real>
 void add_row(const float* inputs, const float* output_grads, int64_t positions, int64_t step, int64_t dilation,
-             float* gradients) {
-    vfloat sum[Count] = {};
-    for (int64_t p = 0; p < positions; ++p, inputs += step, output_grads += kLanes) {
-        const vfloat d = load(output_grads);
-        for (int tap = 0; tap < Count; ++tap) sum[tap] += d * load(inputs + tap * dilation);
+             Real* gradients) {
+    using Vector = decltype(load(gradients));
+    constexpr int64_t channels = sizeof(Vector) / sizeof(Real);
+    for (int64_t c = 0; c < kLanes; c += channels) {
+        Vector sum[Count] = {};
+        for (int64_t p = 0; p < positions; ++p) {
+            const Vector d = load_as(output_grads + p * kLanes + c, Vector{});
+            for (int tap = 0; tap < Count; ++tap)
+                sum[tap] += d * load_as(inputs + p * step + tap * dilation + c, Vector{});
+        }
+        for (int tap = 0; tap < Count; ++tap) {
+            Real* const place = gradients + tap * kLanes + c;
+            store(place, load(place) + sum[tap]);
+        }
     }
-    for (int tap = 0; tap < Count; ++tap) store(gradients + tap * kLanes, load(gradients + tap * kLanes) + sum[tap]);
 }
 
-using AddRow = void (*)(const float*, const float*, int64_t, int64_t, int64_t, float*);
-constexpr AddRow kAddRow[kTapsAtOnce] = {add_row<1>, add_row<2>, add_row<3>, add_row<4>,
-                                         add_row<5>, add_row<6>, add_row<7>};
+template <typename Real>
+using AddRow = void (*)(const float*, const float*, int64_t, int64_t, int64_t, Real*);
+template <typename Real>
+constexpr AddRow<Real> kAddRow[kTapsAtOnce] = {add_row<1, Real>, add_row<2, Real>, add_row<3, Real>, add_row<4, Real>,
+                                               add_row<5, Real>, add_row<6, Real>, add_row<7, Real>};
 
+template <typename Real>
 void correlate(const GradientMomentsPlan& plan, const GradientUse& use, const float* plane, const float* output_grads,
-               float* gradients) {
+               Real* gradients) {
     const int64_t width = use.inputs.row_shape[1] * kLanes;
     const int64_t out_height = use.output_grads.row_shape[0], out_width = use.output_grads.row_shape[1];
     for (int64_t ky = 0; ky < plan.kernel[0]; ++ky) {
@@ -87,21 +105,22 @@ void correlate(const GradientMomentsPlan& plan, const GradientUse& use, const fl
             const float* const row = output_grads + y * out_width * kLanes;
             for (int64_t kx = 0; kx < plan.kernel[1]; kx += kTapsAtOnce) {
                 const int64_t rest = plan.kernel[1] - kx, count = rest < kTapsAtOnce ? rest : kTapsAtOnce;
-                kAddRow[count - 1](from + kx * plan.dilation[1] * kLanes, row, out_width, plan.stride[1] * kLanes,
-                                   plan.dilation[1] * kLanes, gradients + (ky * plan.kernel[1] + kx) * kLanes);
+                kAddRow<Real>[count - 1](from + kx* plan.dilation[1]* kLanes, row, out_width, plan.stride[1]* kLanes,
+                                         plan.dilation[1]* kLanes, gradients + (ky* plan.kernel[1] + kx)* kLanes);
             }
         }
     }
 }
 
+template <typename Real>
 void channel_block(const GradientMomentsPlan& plan, const Layout& layout, int64_t block, char* memory,
                    const float scales[2], double unit, const MomentMapPointers& maps, double* sums) {
     const int64_t channels = plan.channel_groups, channel = block * kLanes, weights = layout.taps * kLanes;
     float* const plane = reinterpret_cast<float*>(memory);
     float* const output_grads = reinterpret_cast<float*>(memory + layout.plane);
-    float* const gradients = reinterpret_cast<float*>(memory + layout.plane + layout.gradient_plane);
-    const MomentState<float> state(memory + layout.plane + layout.gradient_plane + layout.gradients, weights,
-                                   plan.with_signed);
+    Real* const gradients = reinterpret_cast<Real*>(memory + layout.plane + layout.gradient_plane);
+    const MomentState<Real> state(memory + layout.plane + layout.gradient_plane + layout.gradients, weights,
+                                  plan.with_signed);
     const int64_t size = plan.samples / plan.groups;
     for (int64_t group = 0; group < plan.groups; ++group) {
         __builtin_memset(gradients, 0, layout.gradients);
@@ -140,10 +159,11 @@ void depthwise_moments(const GradientMomentsPlan& plan, void* workspace, const f
     double* const sums = static_cast<double*>(workspace);
     char* const memory = static_cast<char*>(workspace) + round_up(layout.blocks * kMomentSums * 8);
     __builtin_memset(sums, 0, layout.blocks * kMomentSums * 8);
+    const auto run_block = sums_in_float64(plan) ? channel_block<double> : channel_block<float>;
 #pragma omp parallel for num_threads(plan.threads) schedule(dynamic, 1)
     for (int64_t block = 0; block < layout.blocks; ++block)
-        channel_block(plan, layout, block, memory + thread_number() * layout.thread_bytes, scales, unit, maps,
-                      sums + block * kMomentSums);
+        run_block(plan, layout, block, memory + thread_number() * layout.thread_bytes, scales, unit, maps,
+                  sums + block * kMomentSums);
     for (int64_t block = 0; block < layout.blocks; ++block)
         for (int s = 0; s < kMomentSums; ++s) results->sums[s] += sums[block * kMomentSums + s];
 }

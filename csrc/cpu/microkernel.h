@@ -57,6 +57,27 @@ inline void multiply_tile(int64_t k, const float* a, const float* b, float* c, i
     detail::store_tile(sum, c, ldc);
 }
 
+// The same with products (exact) and sums in float64, half the columns at a time: half the rate.
+inline void multiply_tile(int64_t k, const float* a, const float* b, double* c, int64_t ldc, bool accumulate) {
+    constexpr int lanes = kLanes / 2;
+    for (int column = 0; column < kTileColumns; column += kTileColumns / 2, c += kTileColumns / 2) {
+        vdouble sum[kTileRows][kTileVectors];
+        for (int m = 0; m < kTileRows; ++m)
+            for (int v = 0; v < kTileVectors; ++v) sum[m][v] = accumulate ? load(c + m * ldc + v * lanes) : vdouble{};
+        for (int64_t step = 0; step < k; ++step) {
+            vdouble row[kTileVectors];
+            for (int v = 0; v < kTileVectors; ++v) row[v] = load_double(b + step * kTileColumns + column + v * lanes);
+#pragma GCC unroll 16
+            for (int m = 0; m < kTileRows; ++m) {
+                const vdouble factor = splat(static_cast<double>(a[step * kTileRows + m]));
+                for (int v = 0; v < kTileVectors; ++v) sum[m][v] += factor * row[v];
+            }
+        }
+        for (int m = 0; m < kTileRows; ++m)
+            for (int v = 0; v < kTileVectors; ++v) store(c + m * ldc + v * lanes, sum[m][v]);
+    }
+}
+
 #if defined(__AVX512BF16__)
 // The same from bfloat16 panels of k pairs: a [pairs, kTileRows, 2], b [pairs, kTileColumns, 2]. Products are exact
 // and sums float32; the instruction takes subnormals, in and out, as zero, so scale the operands well above them.

@@ -1,5 +1,7 @@
 // The running moments of a tile of weights: Welford's update for one more group, and the sums at the end.
 //
+// Gradients are summed in float32, but in float64 where there are so few groups that a weight whose gradients nearly
+// cancel in all of them can carry a layer's sum of 1 / sigma; not from bfloat16, whose rounding is in the operands.
 // Means are kept in the type of the gradients, sums of squared deviations in float64: (1e-30)^2 must not underflow,
 // and the smallest sigma of a layer dominates its sum of inverses. Equal magnitudes give a deviation of exactly zero.
 #pragma once
@@ -11,6 +13,19 @@ namespace lswag {
 namespace LSWAG_ISA {
 
 constexpr double kDead = 0x1p-22;  // of the mean: a sigma below it is made by rounding
+constexpr int64_t kFewGroups = 3;
+
+inline bool all_bfloat16(const GradientMomentsPlan& plan) {
+    for (int u = 0; u < plan.use_count; ++u)
+        if (plan.uses[u].inputs.tensor.dtype != DType::bfloat16 ||
+            plan.uses[u].output_grads.tensor.dtype != DType::bfloat16)
+            return false;
+    return true;
+}
+
+inline bool sums_in_float64(const GradientMomentsPlan& plan) {
+    return plan.groups <= kFewGroups && !all_bfloat16(plan);
+}
 
 // The arrays of `count` weights, a whole number of vectors of Real, one after the other from `memory`.
 template <typename Real>
@@ -89,13 +104,6 @@ inline vdouble square_root(vdouble x) {
     vdouble root = x;
     for (int lane = 0; lane < kLanes / 2; ++lane) root[lane] = __builtin_sqrt(x[lane]);
     return root;
-}
-
-inline vdouble load_double(const double* p) { return load(p); }
-inline vdouble load_double(const float* p) {
-    vfloat_half lanes;
-    __builtin_memcpy(&lanes, p, sizeof(lanes));
-    return __builtin_convertvector(lanes, vdouble);
 }
 
 // Adds the sums over `count` weights to sums[kMomentSums]. Weights that were never anything but zero are dead, and add

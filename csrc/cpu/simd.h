@@ -69,6 +69,14 @@ inline vdouble widen(vfloat x, int half) {
     return __builtin_convertvector(lanes, vdouble);
 }
 
+// As many values as vdouble has lanes, in float64.
+inline vdouble load_double(const double* p) { return load(p); }
+inline vdouble load_double(const float* p) {
+    vfloat_half lanes;
+    __builtin_memcpy(&lanes, p, sizeof(lanes));
+    return __builtin_convertvector(lanes, vdouble);
+}
+
 // float32 from float32, bfloat16 and float16, exactly (subnormals, infinities and NaN included).
 inline vfloat load_float(const float* p) { return load(p); }
 inline vfloat load_float(const bfloat16* p) { return float_of(__builtin_convertvector(load(&p->bits), vuint) << 16); }
