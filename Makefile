@@ -53,7 +53,7 @@ $(VENV)/.demo: $(NATIVE) | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.test: $(NATIVE) | $(VENV)/bin/pip
-	$(CONSTRAINED) -e '.[dev,parquet,photos]' -C cmake.define.LSWAG_WERROR=ON
+	$(CONSTRAINED) -e '.[dev,gpu,parquet,photos]' -C cmake.define.LSWAG_WERROR=ON
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(NATIVE) | $(VENV)/bin/pip

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from .errors import InputError
+
+IMPLEMENTATIONS = {
+    "activation_patterns": ("cpp", "cuda"),
+    "gradient_moments": ("cpp", "triton"),
+    "relative_attention": ("cpp", "triton", "torch"),
+    "layer_norm": ("triton", "torch"),
+    "gelu": ("triton", "torch"),
+}
+"""Of each op: C++ for the CPU, CUDA C++, Triton, torch's operations for any device. The first that fits is taken."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,22 @@ def resolve_dtype(dtype: str, device: str) -> str:
     from . import _C
 
     return "bfloat16" if device == "cpu" and _C.cpu_has_bf16() else "float32"
+
+
+def implementation(op: str, device: str) -> str | None:
+    """Returns which implementation of an op takes tensors on `device` ("cpu", "cuda"); None where none can.
+
+    LSWAG_BACKEND=cpp|cuda|triton|torch prefers one wherever an op has it for that device. Triton takes CPU tensors
+    under TRITON_INTERPRET=1, and then only where it is preferred. Raises InputError for another LSWAG_BACKEND.
+    """
+    preferred = os.environ.get("LSWAG_BACKEND") or "auto"
+    known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
+    if preferred not in ("auto", *known):
+        raise InputError(f"LSWAG_BACKEND must be auto or one of {', '.join(known)}, got {preferred!r}")
+    interpreted = preferred == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    devices = {"cpp": ["cpu"], "cuda": ["cuda"], "triton": ["cuda", "cpu"] if interpreted else ["cuda"]}
+    fitting = [name for name in IMPLEMENTATIONS[op] if device in devices.get(name, [device])]
+    return preferred if preferred in fitting else next(iter(fitting), None)
 
 
 def _cpu() -> Backend:

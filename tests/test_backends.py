@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from lswag_fast import backends
+from lswag_fast.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LSWAG_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_every_device_has_its_own_kernels() -> None:
+    assert backends.implementation("gradient_moments", "cpu") == "cpp"
+    assert backends.implementation("gradient_moments", "cuda") == "triton"
+    assert backends.implementation("activation_patterns", "cuda") == "cuda"
+    assert backends.implementation("layer_norm", "cpu") == "torch"
+    assert backends.implementation("layer_norm", "cuda") == "triton"
+    assert backends.implementation("gradient_moments", "xpu") is None
+
+
+def test_an_environment_variable_prefers_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSWAG_BACKEND", "torch")
+    assert backends.implementation("relative_attention", "cuda") == "torch"
+    assert backends.implementation("gradient_moments", "cuda") == "triton"
+    monkeypatch.setenv("LSWAG_BACKEND", "triton")
+    assert backends.implementation("gradient_moments", "cpu") == "cpp"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.implementation("gradient_moments", "cpu") == "triton"
+    assert backends.implementation("activation_patterns", "cpu") == "cpp"
+
+
+def test_an_unknown_preference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSWAG_BACKEND", "rocm")
+    with pytest.raises(InputError, match="LSWAG_BACKEND must be auto or one of cpp, cuda, torch, triton, got 'rocm'"):
+        backends.implementation("gelu", "cpu")
