@@ -112,7 +112,7 @@ def score(
         statistics = LswagStatistics(plan, resolved, samples)
         assert resolved.groups is not None
         run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
-        result = _result(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
+        result = result_of(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
@@ -177,7 +177,7 @@ def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -
     return labels.long()
 
 
-def _result(
+def result_of(
     plan: Plan,
     statistics: LswagStatistics,
     resolved: ScoreOptions,
@@ -185,6 +185,7 @@ def _result(
     caught: list[str],
     start: float,
 ) -> LswagResult:
+    """Reduces the statistics of a pass to a result; `caught` are warnings, `start` is when the score began."""
     rows = statistics.rows()
     psi, by_activation = statistics.patterns()
     saturation = statistics.saturation(psi)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lswag_fast import cli, spaces
-from lswag_fast.engine import scorer as scorer_module
+from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.errors import ScoreError
 from lswag_fast.store import Store
 
@@ -105,7 +105,7 @@ def test_failed_candidate_makes_exit_code_1(run: Run, monkeypatch: pytest.Monkey
         raise ScoreError("the loss of sample 3 is NaN")
 
     with monkeypatch.context() as broken:
-        broken.setattr(scorer_module.scoring, "score", failing)
+        broken.setattr(AutoFormerEngine, "score", failing)
         code, out, _ = run(*SCORE, "--count", "2", "--store", "s.db")
     assert code == 1
     assert out.count("ScoreError: the loss of sample 3 is NaN") == 2

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from .plan import Activation, Layer, Plan
 from .run import Consumer, run
+from .samples import SampleAxis
 from .sandbox import Sandbox
 from .trace import trace
 
-__all__ = ["Activation", "Consumer", "Layer", "Plan", "Sandbox", "run", "trace"]
+__all__ = ["Activation", "Consumer", "Layer", "Plan", "SampleAxis", "Sandbox", "run", "trace"]

@@ -155,7 +155,7 @@ def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, g
         mode = CaptureMode(plan, consumer, samples, fused=True)
         with mode:
             output = sandbox(images)
-        losses = _losses(output, labels, loss)
+        losses = checked_losses(output, labels, loss)
         expected = {action.layer for action in plan.actions if isinstance(action, Use)}
         if expected:
             # To the anchor alone: no leaf of the model, the loss or the images gets a gradient.
@@ -190,7 +190,7 @@ def _run_groups(
         else:
             with CaptureMode(plan, consumer, size, fused=False, first_sample=first):
                 output = sandbox.run(parameters, sandbox.buffers, part)
-        mean = _losses(output, part_labels, loss, first).mean()
+        mean = checked_losses(output, part_labels, loss, first).mean()
         if not slow:
             continue
         for layer, gradient in zip(
@@ -199,7 +199,8 @@ def _run_groups(
             consumer.group_gradient(layer, torch.zeros_like(leaves[layer.name]) if gradient is None else gradient)
 
 
-def _losses(output: Any, labels: Any, loss: Loss, first_sample: int = 0) -> Tensor:
+def checked_losses(output: Any, labels: Any, loss: Loss, first_sample: int = 0) -> Tensor:
+    """Returns loss(output, labels), [S]; raises ScoreError where one is not finite, and says of which sample."""
     losses = loss(output, labels)
     finite = torch.isfinite(losses)
     if not bool(finite.all()):

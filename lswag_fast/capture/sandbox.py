@@ -128,15 +128,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
     attributes = _Attributes(model)
     python_rng, cpu_rng = random.getstate(), torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        for module in model.modules():
+            if not isinstance(module, _NormBase):
+                module.training = False
+        with torch_settings():
+            yield
+    finally:
+        attributes.restore(modes=True)
+        random.setstate(python_rng)
+        torch.set_rng_state(cpu_rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state_all(cuda_rng)
+
+
+@contextmanager
+def torch_settings() -> Iterator[None]:
+    """Gradients on, autocast off, deterministic algorithms and IEEE float32 products; everything put back after."""
     precisions = [(backend, backend.fp32_precision) for backend in _FLOAT32_BACKENDS]
     precision = None if precisions else torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = _deterministic.fill_uninitialized_memory
     try:
-        for module in model.modules():
-            if not isinstance(module, _NormBase):
-                module.training = False
         for backend in _FLOAT32_BACKENDS:
             backend.fp32_precision = "ieee"
         if precision:
@@ -147,14 +161,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        attributes.restore(modes=True)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         _deterministic.fill_uninitialized_memory = fill
         for backend, value in precisions:
             backend.fp32_precision = value
         if precision:
             torch.set_float32_matmul_precision(precision)
-        random.setstate(python_rng)
-        torch.set_rng_state(cpu_rng)
-        if cuda_rng is not None:
-            torch.cuda.set_rng_state_all(cuda_rng)

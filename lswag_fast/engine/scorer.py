@@ -21,6 +21,7 @@ from ..options import ScoreOptions
 from ..proxies.result import LswagResult
 from ..records import Record
 from ..store import Store
+from .autoformer import engine_for
 from .identity import Context, describe_loss
 
 COMMIT_SECONDS = 0.5
@@ -107,6 +108,7 @@ class Scorer:
         named_loss = describe_loss(loss, lasting=store is not None)
         self.context = Context.of(space.options, images, labels, self.options, weights, named_loss)
         self._supernet = space.supernet(seed) if supernet is None and hasattr(space, "supernet") else supernet
+        self._engine = engine_for(self._supernet, images, labels, loss, self.options)
         self._owns_store = not isinstance(store, Store)
         self.store = store if isinstance(store, Store) else Store(store)
         self.run = self.store.begin_run(
@@ -200,6 +202,8 @@ class Scorer:
         return Record(candidate.key, candidate.arch, "error", text, seconds=time.monotonic() - started)
 
     def _scored(self, arch: Arch) -> LswagResult:
+        if self._engine is not None:
+            return self._engine.score(arch)
         seed = self.options.seed
         model = self.space.build(arch, seed) if self._supernet is None else self._supernet.subnet(arch)
         with warnings.catch_warnings():

@@ -1,0 +1,126 @@
+"""AutoFormer candidates scored straight from their supernet: no module is built and nothing is traced a candidate.
+
+A candidate's weights are leading slices of the supernet's, its layers and counts are known in closed form, and its
+forward and backward pass is written out. `score(supernet.subnet(arch), ...)` gives the same to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import scoring
+from ..capture import Activation, Layer, Plan, SampleAxis
+from ..capture.run import checked_losses
+from ..capture.sandbox import torch_settings
+from ..options import ScoreOptions
+from ..proxies.lswag import LswagStatistics, percentile
+from ..proxies.result import LswagResult
+from ..spaces.autoformer import AutoFormerSupernet
+from ..spaces.autoformer_module import HEAD_DIM, mlp_width
+from .autoformer_pass import AutoFormerPass, Weights
+
+Arch = Mapping[str, Any]
+Loss = Callable[[Any, Any], Tensor]
+
+
+class AutoFormerEngine:
+    """Scores candidates of one supernet on one batch of images.
+
+    Args:
+        supernet: the weights; cast once to the dtype of the options, on their device.
+        images: [S, 3, H, W], finite.
+        labels: [S] integers, or what `loss` takes; None draws classes from the seed.
+        loss: as in :func:`lswag_fast.score`.
+        options: resolved, and without extra parameters.
+    """
+
+    def __init__(
+        self, supernet: AutoFormerSupernet, images: Tensor, labels: Any, loss: Loss | None, options: ScoreOptions
+    ) -> None:
+        self._space = supernet.space
+        self._options = options
+        dtype: torch.dtype = getattr(torch, options.dtype)
+        sizes = supernet.space.options
+        side = sizes["image_size"] // sizes["patch_size"]
+        self._grid, self._classes = (side, side), sizes["num_classes"]
+        self._weights = Weights(supernet.cast(dtype).to(options.device).state_dict())
+        self._patches = _patches(images.to(options.device), sizes["patch_size"]).to(dtype)
+        if loss is None:
+            labels = scoring.class_labels(labels, len(images), self._classes, options.seed)
+        self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
+        self._loss: Loss = scoring.CrossEntropy() if loss is None else loss
+
+    def score(self, arch: Arch) -> LswagResult:
+        """Returns the score of a candidate in canonical form; raises ScoreError where a loss is not finite."""
+        start = time.perf_counter()
+        plan = self._plan(arch)
+        statistics = LswagStatistics(plan, self._options, len(self._patches))
+        with torch_settings(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._run(arch, plan, statistics)
+            messages = [str(w.message) for w in caught]
+        return scoring.result_of(plan, statistics, self._options, self._options, messages, start)
+
+    def _run(self, arch: Arch, plan: Plan, statistics: LswagStatistics) -> None:
+        def activate(block: int, pre: Tensor) -> Tensor:
+            activation = plan.activations[block]
+            return statistics.activate(activation, pre, "gelu") if statistics.wants(activation) else F.gelu(pre)
+
+        def deliver(position: int, inputs: Tensor, output_grads: Tensor) -> None:
+            if plan.layers[position].kept:
+                statistics.weight(plan.layers[position], [inputs], [output_grads], None)
+
+        candidate = AutoFormerPass(self._weights, arch, self._patches, self._grid, self._classes)
+        logits = candidate.forward(activate).requires_grad_()
+        with torch.enable_grad():
+            losses = checked_losses(logits, self._labels, self._loss)
+            (grad,) = torch.autograd.grad(losses.sum(), logits)
+        first = next((i for i, layer in enumerate(plan.layers) if layer.kept), None)
+        if first is not None:
+            candidate.backward(grad, deliver, first)
+
+    def _plan(self, arch: Arch) -> Plan:
+        """Returns what a trace of the candidate would find."""
+        embed, tokens = arch["embed_dim"], self._patches.shape[1] + 1
+        layers = [_layer("patch_embed_super.proj", embed * self._patches.shape[2], 0)]
+        activations = []
+        for block, (heads, ratio) in enumerate(zip(arch["num_heads"], arch["mlp_ratio"], strict=True)):
+            inner, hidden = HEAD_DIM * heads, mlp_width(embed, ratio)
+            numels = {"attn.qkv": 3 * inner * embed, "attn.proj": inner * embed}
+            numels |= {"fc1": hidden * embed, "fc2": embed * hidden}
+            activations.append(Activation(block, "gelu", len(layers) + 3, tokens * hidden, SampleAxis(0, 1)))
+            layers += [
+                _layer(f"blocks.{block}.{name}", n, len(layers) + i) for i, (name, n) in enumerate(numels.items())
+            ]
+        layers.append(_layer("head", self._classes * embed, len(layers)))
+        plan = Plan(layers, activations, [], [], None, (), self._space.macs(arch), self._space.params(arch))
+        first, last = self._options.window
+        plan.restrict(lambda i: first <= percentile(i + 1, len(layers)) <= last)
+        return plan
+
+
+def engine_for(
+    supernet: Any, images: Tensor, labels: Any, loss: Loss | None, options: ScoreOptions
+) -> AutoFormerEngine | None:
+    """Returns the engine of a supernet and resolved options; None: its candidates are scored as any other module."""
+    if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters:
+        return None
+    return AutoFormerEngine(supernet, images, labels, loss, options)
+
+
+def _layer(name: str, numel: int, position: int) -> Layer:
+    return Layer(f"{name}.weight", numel, position, [position])
+
+
+def _patches(images: Tensor, size: int) -> Tensor:
+    """Returns [S, patches, 3 * size * size]: the patch convolution is a linear map of these."""
+    samples, channels, height, width = images.shape
+    cut = images.reshape(samples, channels, height // size, size, width // size, size)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(samples, -1, channels * size * size)
