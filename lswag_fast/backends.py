@@ -50,7 +50,8 @@ def resolve_dtype(dtype: str, device: str) -> str:
         return dtype
     from . import _C
 
-    return "bfloat16" if device == "cpu" and _C.cpu_has_bf16() else "float32"
+    # Every CUDA device that the kernels run on (compute capability 8.0 or newer) has them.
+    return "bfloat16" if device != "cpu" or _C.cpu_has_bf16() else "float32"
 
 
 def implementation(op: str, device: str) -> str | None:

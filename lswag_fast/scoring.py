@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .backends import resolve_device
 from .capture import Plan, Sandbox, trace
 from .capture import run as run_capture
 from .capture.probe import probe
+from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .errors import InputError
@@ -51,7 +53,7 @@ def score(
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
             normalisation keeps its mode, and couples the samples where it normalises by the batch. No other coupling is
             recognised: a model that mixes its samples otherwise (z - z.mean(0)) is scored as if it did not.
-        images: [S, ...] floating-point, S from 2 to 1024, on the CPU.
+        images: [S, ...] floating-point, S from 2 to 1024, on the device of the model.
         labels: [S] integer classes for the default loss (None: drawn from `seed`). With `loss`, an array [S, ...],
             which is cut to the samples of each pass, or anything else, which is handed to the loss as it is.
         groups: G, the number of gradient groups that sigma is taken over; must divide S. None: one a sample (2
@@ -60,8 +62,8 @@ def score(
         window: the first and last percentile of depth that Lambda sums over; Psi counts up to its end.
         pooling: "union" counts distinct patterns over all activations, "sum" adds their counts.
         pattern_samples: count patterns over the first k samples only. None: all.
-        dtype: "float32" (IEEE), "bfloat16", or "auto": bfloat16 where the processor multiplies it natively.
-        device: "cpu", or "auto".
+        dtype: "float32" (IEEE), "bfloat16", or "auto": bfloat16 where the device multiplies it natively.
+        device: "cpu", "cuda", "cuda:N", or "auto": where the images are. The model must be there.
         seed: of the labels, where none are given.
         numerator: "one" (L-SWAG) or "mean" (ZiCo's mean of |g| over sigma).
         patterns_inside_window: count Psi inside the window only.
@@ -85,6 +87,8 @@ def score(
         extra_parameters=extra_parameters,
     )
     start = time.perf_counter()
+    if options.device == "auto" and isinstance(images, Tensor) and images.device.type in ("cpu", "cuda"):
+        options = replace(options, device=str(images.device))
     check_images(images, resolve_device(options.device))
     samples = images.shape[0]
     resolved = options.resolved(samples)
@@ -107,12 +111,15 @@ def score(
             resolved = options.resolved(samples, coupled=True)
         if isinstance(loss_or_default, CrossEntropy):
             labels = class_labels(labels, samples, loss_or_default.classes, seed)
+        if isinstance(labels, Tensor):
+            labels = labels.to(resolved.device)
         probe(plan, sandbox, take(images, 2))
         plan.restrict(lambda i: window[0] <= percentile(i + 1, len(plan.layers)) <= window[1])
         statistics = LswagStatistics(plan, resolved, samples)
         assert resolved.groups is not None
-        run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
+        losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
         result = result_of(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
+        check_losses(losses)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result

@@ -142,20 +142,24 @@ class CaptureMode(TorchFunctionMode):
         return [(x[:, i], grad[:, i]) for i in range(use.axis.factor)]
 
 
-def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, groups: int, consumer: Consumer) -> None:
-    """Runs the model on `images` [S, ...] and hands `consumer` everything the plan says.
+def run(
+    plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, groups: int, consumer: Consumer
+) -> Tensor:
+    """Runs the model on `images` [S, ...], hands `consumer` everything the plan says, and returns the losses [S].
 
     One forward and backward pass of the whole batch covers the fused weights; the weights on the slow path (all of
-    them where the samples are coupled) take one forward and backward pass a group. Raises ScoreError where a loss is
-    not finite.
+    them where the samples are coupled) take one forward and backward pass a group. Nothing here waits for a device,
+    so the losses are yet to be checked (`check_losses`).
     """
     samples = images.shape[0]
     images = images.detach().to(sandbox.dtype)
+    kept: list[Tensor] = []
     if plan.coupled is None:
         mode = CaptureMode(plan, consumer, samples, fused=True)
         with mode:
             output = sandbox(images)
-        losses = checked_losses(output, labels, loss)
+        losses = loss(output, labels)
+        kept = [losses.detach()]
         expected = {action.layer for action in plan.actions if isinstance(action, Use)}
         if expected:
             # To the anchor alone: no leaf of the model, the loss or the images gets a gradient.
@@ -165,7 +169,9 @@ def run(plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, g
             plan.layers[missing].slow_reason = "the backward pass did not reach every use of it"
     slow = [layer for layer in plan.layers if layer.kept and not layer.fused]
     if slow or plan.coupled is not None:
-        _run_groups(plan, slow, sandbox, images, labels, loss, groups, consumer)
+        of_groups = _run_groups(plan, slow, sandbox, images, labels, loss, groups, consumer)
+        kept = kept or of_groups
+    return torch.cat(kept)
 
 
 def _run_groups(
@@ -177,7 +183,8 @@ def _run_groups(
     loss: Loss,
     groups: int,
     consumer: Consumer,
-) -> None:
+) -> list[Tensor]:
+    kept = []
     leaves = {layer.name: sandbox.parameters[layer.name].detach().requires_grad_() for layer in slow}
     samples = images.shape[0]
     size = samples // groups
@@ -190,23 +197,22 @@ def _run_groups(
         else:
             with CaptureMode(plan, consumer, size, fused=False, first_sample=first):
                 output = sandbox.run(parameters, sandbox.buffers, part)
-        mean = checked_losses(output, part_labels, loss, first).mean()
+        losses = loss(output, part_labels)
+        kept.append(losses.detach())
         if not slow:
             continue
-        for layer, gradient in zip(
-            slow, torch.autograd.grad(mean, list(leaves.values()), allow_unused=True), strict=True
-        ):
+        gradients = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
+        for layer, gradient in zip(slow, gradients, strict=True):
             consumer.group_gradient(layer, torch.zeros_like(leaves[layer.name]) if gradient is None else gradient)
+    return kept
 
 
-def checked_losses(output: Any, labels: Any, loss: Loss, first_sample: int = 0) -> Tensor:
-    """Returns loss(output, labels), [S]; raises ScoreError where one is not finite, and says of which sample."""
-    losses = loss(output, labels)
+def check_losses(losses: Tensor) -> None:
+    """Raises ScoreError where one of [S] losses is not finite, and says of which sample."""
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
-        sample = first_sample + int(torch.nonzero(~finite)[0])
-        raise ScoreError(f"the loss of sample {sample} is {float(losses[sample - first_sample])}, not a finite number")
-    return losses
+        sample = int(torch.nonzero(~finite)[0])
+        raise ScoreError(f"the loss of sample {sample} is {float(losses[sample])}, not a finite number")
 
 
 def _convolution(call: fn.ConvolutionCall) -> Convolution:

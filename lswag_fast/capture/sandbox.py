@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..errors import InputError
 # torch.utils.deterministic is an object with properties, which type checkers take for a plain module.
 _deterministic: Any = import_module("torch.utils.deterministic")
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _MATH: Any = torch.backends
 _FLOAT32_BACKENDS: list[Any] = [
     backend
@@ -150,6 +152,7 @@ def torch_settings() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = _deterministic.fill_uninitialized_memory
+    workspace = os.environ.get(_CUBLAS)
     try:
         for backend in _FLOAT32_BACKENDS:
             backend.fp32_precision = "ieee"
@@ -158,9 +161,18 @@ def torch_settings() -> Iterator[None]:
         # Filling fresh memory with NaN is part of deterministic mode, and would cost a pass over every tensor.
         _deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        # torch asks for this before it calls a matrix product on CUDA deterministic, and reads it at each one.
+        os.environ.setdefault(_CUBLAS, ":4096:8")
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             yield
     finally:
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         _deterministic.fill_uninitialized_memory = fill
         for backend, value in precisions:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import scoring
 from ..capture import Activation, Layer, Plan, SampleAxis
-from ..capture.run import checked_losses
+from ..capture.run import check_losses
 from ..capture.sandbox import torch_settings
 from ..options import ScoreOptions
 from ..proxies.lswag import LswagStatistics, percentile
@@ -64,11 +64,13 @@ class AutoFormerEngine:
         statistics = LswagStatistics(plan, self._options, len(self._patches))
         with torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self._run(arch, plan, statistics)
+            losses = self._run(arch, plan, statistics)
             messages = [str(w.message) for w in caught]
-        return scoring.result_of(plan, statistics, self._options, self._options, messages, start)
+        result = scoring.result_of(plan, statistics, self._options, self._options, messages, start)
+        check_losses(losses)
+        return result
 
-    def _run(self, arch: Arch, plan: Plan, statistics: LswagStatistics) -> None:
+    def _run(self, arch: Arch, plan: Plan, statistics: LswagStatistics) -> Tensor:
         def activate(block: int, pre: Tensor) -> Tensor:
             activation = plan.activations[block]
             return statistics.activate(activation, pre, "gelu") if statistics.wants(activation) else F.gelu(pre)
@@ -80,11 +82,12 @@ class AutoFormerEngine:
         candidate = AutoFormerPass(self._weights, arch, self._patches, self._grid, self._classes)
         logits = candidate.forward(activate).requires_grad_()
         with torch.enable_grad():
-            losses = checked_losses(logits, self._labels, self._loss)
+            losses = self._loss(logits, self._labels)
             (grad,) = torch.autograd.grad(losses.sum(), logits)
         first = next((i for i, layer in enumerate(plan.layers) if layer.kept), None)
         if first is not None:
             candidate.backward(grad, deliver, first)
+        return losses.detach()
 
     def _plan(self, arch: Arch) -> Plan:
         """Returns what a trace of the candidate would find."""

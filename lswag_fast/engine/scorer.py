@@ -67,7 +67,7 @@ class Scorer:
 
     Args:
         space: the search space, such as `lswag_fast.spaces.get("autoformer-tiny")`.
-        images: [S, 3, H, W] floats, finite, normalised.
+        images: [S, 3, H, W] floats, finite, normalised; on the CPU or on the device of the scores, where they are moved.
         labels: [S] integers; None draws them from the seed.
         store: a path, an open :class:`lswag_fast.store.Store` (left open), or None for a temporary store.
         supernet: the weights; None draws the supernet of `space` from the seed (or each candidate's own weights, where
@@ -100,7 +100,9 @@ class Scorer:
         **options: Any,
     ) -> None:
         self.options = _resolved(space, images, labels, loss, options)
-        self.space, self.images, self.labels, self.loss = space, images, labels, loss
+        device = self.options.device
+        self.space, self.images, self.loss = space, images.to(device), loss
+        self.labels = labels.to(device) if isinstance(labels, Tensor) else labels
         self.retry_failed = retry_failed
         self.scored = self.reused = self.failures = 0
         seed = self.options.seed
@@ -206,6 +208,7 @@ class Scorer:
             return self._engine.score(arch)
         seed = self.options.seed
         model = self.space.build(arch, seed) if self._supernet is None else self._supernet.subnet(arch)
+        model = model.to(self.options.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # every warning is in the record, once a candidate
             return scoring.score(model, self.images, self.labels, loss=self.loss, **vars(self.options))
@@ -244,7 +247,8 @@ def _resolved(
     if unknown:
         raise InputError(f"no option is called {', '.join(unknown)}; there are {', '.join(accepted)}")
     asked = ScoreOptions(**options)
-    scoring.check_images(images, resolve_device(asked.device))
+    device = resolve_device(asked.device)
+    scoring.check_images(images, device if getattr(images, "is_cuda", False) else "cpu")
     _check_labels(labels, len(images), loss, space.options.get("num_classes"))
     return asked.resolved(len(images), coupled=space.coupled)
 
