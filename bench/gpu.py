@@ -53,7 +53,7 @@ PRODUCT = 8192
 COPY_BYTES = 2**32
 
 
-def run(device_tests: Sequence[str], steps: Sequence[str]) -> int:
+def run(steps: Sequence[str]) -> int:
     """Runs the steps and returns how many failed."""
     results: dict[str, Any] = {"machine": measure.machine("cuda"), "steps": {}}
     path = measure.write("cuda", "kernels", results)
@@ -61,7 +61,7 @@ def run(device_tests: Sequence[str], steps: Sequence[str]) -> int:
     for step in steps:
         print(f"== {step}", flush=True)
         started = time.monotonic()
-        outcome = _correctness(device_tests) if step == "correctness" else _in_process(step)
+        outcome = _correctness() if step == "correctness" else _in_process(step)
         outcome["seconds"] = time.monotonic() - started
         failed += not outcome["ok"]
         results["steps"][step] = outcome
@@ -71,7 +71,8 @@ def run(device_tests: Sequence[str], steps: Sequence[str]) -> int:
     return failed
 
 
-def _correctness(tests: Sequence[str]) -> dict[str, Any]:
+def _correctness() -> dict[str, Any]:
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*on_device.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests]
     found = _attempt(command, BUDGET["correctness"])
     checker = shutil.which("compute-sanitizer")
@@ -223,3 +224,24 @@ def peers_step() -> dict[str, Any]:
                 found["not_measured"][f"{how}, {name}"] = str(error).splitlines()[0]
         print(name, json.dumps(measure.rounded(found[name])), flush=True)
     return found
+
+
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {"score": score_step, "kernels": kernels_step, "peers": peers_step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", choices=STEPS, help="run this step in this process and print it as JSON")
+    parser.add_argument("--only", choices=("correctness", *STEPS), action="append", help="run only these steps")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("make bench-gpu measures a CUDA device, and torch finds none here")
+    if arguments.step:
+        warnings.simplefilter("ignore")
+        print(json.dumps(measure.rounded(STEPS[arguments.step]())))
+        return
+    sys.exit(1 if run(arguments.only or ("correctness", *STEPS)) else 0)
+
+
+if __name__ == "__main__":
+    main()

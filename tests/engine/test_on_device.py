@@ -1,0 +1,106 @@
+"""Whole scores on a CUDA device, against the same scores on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import Tensor
+
+import lswag_fast
+from lswag_fast import Scorer, spaces
+from lswag_fast.backends import backends
+from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.options import ScoreOptions
+
+CUDA = next(b for b in backends() if b.name == "cuda")
+pytestmark = [
+    pytest.mark.skipif(not CUDA.available, reason=f"no CUDA device to run on: {CUDA.detail}"),
+    pytest.mark.filterwarnings("ignore:Psi is at:UserWarning"),
+]
+
+SPACE = spaces.get("autoformer-tiny", image_size=64, num_classes=20)
+SAMPLES = 16
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(SAMPLES, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def supernet() -> spaces.AutoFormerSupernet:
+    return SPACE.supernet(seed=3)
+
+
+def engine(supernet: spaces.AutoFormerSupernet, images: Tensor, device: str, **options: Any) -> AutoFormerEngine:
+    resolved = ScoreOptions(device=device, **options).resolved(SAMPLES)
+    return AutoFormerEngine(supernet, images, torch.arange(SAMPLES), None, resolved)
+
+
+def assert_same(found: lswag_fast.LswagResult, expected: lswag_fast.LswagResult, tolerance: float) -> None:
+    for row, wanted in zip(found.layers, expected.layers, strict=True):
+        assert (row.name, row.numel, row.dead) == (wanted.name, wanted.numel, wanted.dead)
+        assert row.log_sum_inverse_sigma == pytest.approx(wanted.log_sum_inverse_sigma, abs=tolerance)
+        assert row.log_sum_mean_over_sigma == pytest.approx(wanted.log_sum_mean_over_sigma, abs=tolerance)
+        assert row.mean_sigma == pytest.approx(wanted.mean_sigma, rel=tolerance)
+    # A sign may differ where a pre-activation is zero to rounding.
+    assert found.expressivity == pytest.approx(expected.expressivity, rel=2e-3)
+    assert found.counts == expected.counts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"groups": 4}, {"window": (30, 70)}, {"pattern_samples": 12}])
+def test_candidates(supernet: spaces.AutoFormerSupernet, images: Tensor, dtype: str, options: dict[str, Any]) -> None:
+    on_device = engine(supernet, images, "cuda", dtype=dtype, **options)
+    on_cpu = engine(supernet, images, "cpu", dtype="float32", **options)
+    for arch in SPACE.sample(3, seed=1):
+        found, expected = on_device.score(arch), on_cpu.score(arch)
+        kept = [i for i, row in enumerate(expected.layers) if row.in_window]
+        assert [i for i, row in enumerate(found.layers) if row.in_window] == kept
+        if len(kept) == len(expected.layers):
+            assert_same(found, expected, TOLERANCE[dtype])
+        assert found.trainability == pytest.approx(expected.trainability, rel=TOLERANCE[dtype])
+
+
+def test_same_bits_in_any_order(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:
+    scored = engine(supernet, images, "cuda", dtype="bfloat16")
+    archs = list(SPACE.sample(6, seed=2))
+    first = [scored.score(arch).to_dict() for arch in archs]
+    again = [scored.score(arch).to_dict() for arch in reversed(archs)][::-1]
+    for one, other in zip(first, again, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_nothing_waits_for_the_device_before_the_end(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:
+    scored = engine(supernet, images, "cuda", dtype="bfloat16")
+    arch = next(SPACE.sample(1, seed=3))
+    scored.score(arch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = scored.launch(arch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pending.finish().lswag == scored.score(arch).lswag
+
+
+@pytest.mark.parametrize("network", [networks.Attention, networks.Convolutions])
+def test_any_module(network: type[torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, batch = network(), torch.randn(8, *networks.IMAGE)
+    expected = lswag_fast.score(model, batch, device="cpu", dtype="float32")
+    found = lswag_fast.score(model.to("cuda"), batch.to("cuda"), dtype="float32")
+    assert found.options["device"].startswith("cuda")
+    assert_same(found, expected, 1e-5)
+
+
+def test_the_scorer_moves_what_it_is_given(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:
+    archs = list(SPACE.sample(3, seed=4))
+    with Scorer(SPACE, images, torch.arange(SAMPLES), supernet=supernet, device="cuda", dtype="bfloat16") as scorer:
+        records = list(scorer.score(archs))
+    assert [r.status for r in records] == ["ok"] * 3
+    direct = engine(supernet, images, "cuda", dtype="bfloat16")
+    assert [r.lswag for r in records] == [direct.score(r.arch).lswag for r in records]
