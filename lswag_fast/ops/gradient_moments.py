@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+from .. import _C, backends
 from ..errors import InputError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,31 +102,37 @@ def gradient_moments(
     size S * O * I is stored. A Zen 5 core reaches 155 to 190 GFLOP/s in float32 and 285 to 345 in bfloat16 on the
     layers of AutoFormer-Tiny, 0.7 to 0.8 of what the inner product alone does (`bench/bench_gradient_moments.py`).
 
+    On a CUDA device the Triton kernel computes it (`gradient_moments_grouped` for many weights in one launch). There,
+    deviations are float32, but gradients, means and deviations float64 for two or three groups that are not bfloat16;
+    gradients themselves, not operands, are scaled, so that products below 1e-38 are lost.
+
     Args:
         inputs: a [S, T, I] (or [S, ..., I], or [S, I]) float32, bfloat16 or float16, any strides, read in place; with
             `convolution` [S, C, H, W]. Several for a weight that is used several times: contributions are summed
-            before the absolute value. Any DLPack producer on the CPU will do.
+            before the absolute value. Any DLPack producer will do.
         output_grads: d [S, T, O], the gradients of each sample's own loss; with `convolution` [S, O, OH, OW]; as many.
         groups: G, from 2 to S and a divisor of S.
         convolution: how the weight [O, C / groups, KH, KW] was applied, where it is a kernel.
-        signed: also the moments of the signed gradients.
+        signed: also the moments of the signed gradients; on the CPU only.
         maps: also every weight's own statistics, [O, I] or [O, C / groups, KH, KW].
 
     Raises:
         InputError: shapes that do not fit one another, G that does not divide S or is below 2, another dtype or device.
     """
-    a, d = _uses("inputs", inputs), _uses("output_grads", output_grads)
-    samples = _checked_samples(a, d)
-    count = samples if groups is None else groups
-    if count < 2 or samples % count:
-        raise InputError(f"expected groups from 2 to S = {samples} that divide S, got {count}")
-    shape = _linear_shape(a, d) if convolution is None else _convolution_shape(a, d, convolution)
+    a, d, count, shape = checked(inputs, output_grads, groups, convolution)
+    if backends.implementation("gradient_moments", a[0].device.type) == "triton":
+        from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
+
+        if signed:
+            raise InputError("signed moments are computed on the CPU only; pass operands moved with .cpu()")
+        return gradient_moments_grouped([MomentProblem(a, d, count, convolution, maps=maps)])[0]
+    samples = len(a[0])
     native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
     workspace = torch.empty(native.workspace_bytes, dtype=torch.uint8)
     flat = _empty_maps(math.prod(shape), signed, maps)
     sums, exponent = native.run(workspace, flat)
     shaped = [_in_weight_order(m, shape, native) for m in flat]
-    return _reduced(sums, exponent, samples // count, math.prod(shape), count, signed, shaped)
+    return reduced(sums, exponent, samples // count, math.prod(shape), count, signed, shaped)
 
 
 class MomentsAccumulator:
@@ -149,6 +155,8 @@ class MomentsAccumulator:
         Raises InputError for another shape, dtype or device.
         """
         gradient = _tensor("gradient", gradient, (*_DTYPES, torch.float64))
+        if gradient.device.type != "cpu":
+            raise InputError(f"expected gradient on the CPU, got a tensor on {gradient.device}; move it with .cpu()")
         if tuple(gradient.shape) != self._shape:
             raise InputError(f"expected a gradient of shape {list(self._shape)}, got {list(gradient.shape)}")
         if gradient.dtype not in (torch.float32, torch.float64):
@@ -163,7 +171,35 @@ class MomentsAccumulator:
         flat = _empty_maps(self._numel, self._signed, maps)
         sums, exponent = _C.finish_moments(self._state, self._numel, self._groups, self._signed, flat)
         shaped = [m.view(self._shape) for m in flat]
-        return _reduced(sums, exponent, 1, self._numel, self._groups, self._signed, shaped)
+        return reduced(sums, exponent, 1, self._numel, self._groups, self._signed, shaped)
+
+
+def checked(
+    inputs: Any, output_grads: Any, groups: int | None, convolution: Convolution | None
+) -> tuple[list[Tensor], list[Tensor], int, tuple[int, ...]]:
+    """Returns inputs and output_grads as lists of tensors, the number of groups and the shape of the weight."""
+    a, d = _uses("inputs", inputs), _uses("output_grads", output_grads)
+    _check_devices(a, d)
+    samples = _checked_samples(a, d)
+    count = samples if groups is None else groups
+    if count < 2 or samples % count:
+        raise InputError(f"expected groups from 2 to S = {samples} that divide S, got {count}")
+    shape = _linear_shape(a, d) if convolution is None else _convolution_shape(a, d, convolution)
+    return a, d, count, shape
+
+
+def _check_devices(a: list[Tensor], d: list[Tensor]) -> None:
+    device = a[0].device
+    if backends.implementation("gradient_moments", device.type) is None:
+        raise InputError(f"expected inputs on the CPU or a CUDA device, got a tensor on {device}; move it with .cpu()")
+    for name, tensors in (("inputs", a), ("output_grads", d)):
+        for tensor in tensors:
+            if tensor.device != device:
+                place = "the CPU" if device.type == "cpu" else str(device)
+                raise InputError(
+                    f"expected {name} on {place} as inputs are, got a tensor on {tensor.device}; "
+                    f"move it with .to({str(device)!r})"
+                )
 
 
 def _uses(name: str, given: Any) -> list[Tensor]:
@@ -178,8 +214,6 @@ def _tensor(name: str, given: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
         if not hasattr(given, "__dlpack__"):
             raise InputError(f"expected {name} as a tensor or array that offers __dlpack__, got {type(given).__name__}")
         given = torch.utils.dlpack.from_dlpack(given)
-    if given.device.type != "cpu":
-        raise InputError(f"expected {name} on the CPU, got a tensor on {given.device}; move it with .cpu()")
     if given.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise InputError(f"expected {name} in one of {names}, got {str(given.dtype).removeprefix('torch.')}")
@@ -258,7 +292,7 @@ def _in_weight_order(flat: Tensor, shape: tuple[int, ...], native: _C.GradientMo
     return flat.view(shape)
 
 
-def _reduced(
+def reduced(
     sums: tuple[float, ...],
     exponent: int,
     group_size: int,
@@ -267,6 +301,7 @@ def _reduced(
     signed: bool,
     maps: list[Tensor],
 ) -> GradientMoments:
+    """Returns the moments from sums over the weights of gradients in units of 2^-exponent / group_size."""
     live, inverse, ratio, sigma, mean, *rest = sums
     log_unit = -exponent * math.log(2) - math.log(group_size)
     unit = math.ldexp(1.0, -exponent) / group_size

@@ -453,7 +453,7 @@ def ones(*shape: int) -> Tensor:
         (ones(8, 3, 4), ones(8, 3, 4), {"groups": 1}, r"groups from 2 to S = 8"),
         (ones(1, 3, 4), ones(1, 3, 4), {}, r"groups from 2 to S = 1"),
         (ones(8, 3, 4).double(), ones(8, 3, 4), {}, r"inputs in one of float32, bfloat16, float16, got float64"),
-        (ones(8, 3, 4), ones(8, 3, 4).to("meta"), {}, r"output_grads on the CPU, got a tensor on meta"),
+        (ones(8, 3, 4), ones(8, 3, 4).to("meta"), {}, r"output_grads on the CPU as inputs are, got a tensor on meta"),
         ([ones(8, 3, 4)] * 2, [ones(8, 3, 4)], {}, r"each of 2 uses"),
         ([ones(8, 3, 4), ones(8, 3, 5)], [ones(8, 3, 4)] * 2, {}, r"of the first \[4, 4\], got \[4, 5\]"),
         ([], [], {}, r"got an empty sequence"),

@@ -1,0 +1,70 @@
+"""Tile shapes of the gradient-moments kernels: committed, not searched for when a program starts.
+
+Chosen by what compiles without a spill (tests/kernels/resources.json) and then by intensity; not yet timed on a GPU.
+`gradient_moments_launch.time_tiles` times others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The piece of a weight that a program works on at a time."""
+
+    rows: int
+    columns: int
+    chunk: int
+    """Rows of a sample multiplied at a time. 32 wastes 12 % of T = 197, 64 wastes 23 %."""
+    warps: int
+    stages: int
+    residents: int
+    """Programs that fit a multiprocessor, by registers and shared memory."""
+
+
+HALF, TF32, IEEE, FLOAT64 = "half", "tf32", "ieee", "float64"
+"""What is multiplied: bfloat16 or float16, float32 by TF32, by float32, or by float64 (two or three groups)."""
+
+TILES: dict[int, dict[str, Tile]] = {
+    80: {
+        HALF: Tile(64, 128, 64, 8, 3, 1),
+        TF32: Tile(64, 128, 32, 8, 3, 1),
+        IEEE: Tile(64, 64, 32, 4, 3, 3),
+        FLOAT64: Tile(32, 64, 16, 4, 3, 2),
+    },
+    90: {
+        HALF: Tile(128, 128, 64, 8, 3, 1),
+        TF32: Tile(64, 128, 32, 8, 3, 1),
+        IEEE: Tile(64, 64, 32, 4, 3, 3),
+        FLOAT64: Tile(32, 64, 16, 4, 3, 2),
+    },
+}
+"""Of `moments_of_tiles`, by compute capability times ten. Newer devices take the last row."""
+
+WINDOW_TILES: dict[int, dict[str, Tile]] = {
+    architecture: {
+        HALF: Tile(64, 64, 32, 8, 2, 1),
+        TF32: Tile(64, 64, 32, 8, 2, 1),
+        IEEE: Tile(64, 64, 16, 8, 2, 1),
+        FLOAT64: Tile(32, 64, 16, 8, 2, 1),
+    }
+    for architecture in TILES
+}
+"""Of `moments_of_windows`."""
+
+NARROW_TILE = Tile(64, 64, 32, 4, 2, 2)
+"""Of `moments_of_tiles` where a width or stride is odd: loads are scalar and wait, so registers go to addresses."""
+
+INTERPRETED_TILE = Tile(32, 32, 16, 4, 2, 1)
+"""Under TRITON_INTERPRET=1: small, so that small tests have several tiles and chunks."""
+
+
+def tile_for(architecture: int, kind: str, *, windows: bool, unit: int) -> Tile:
+    """Returns the tile for a compute capability times ten (0: interpreted), and the elements to a vector of loads."""
+    if architecture == 0:
+        return INTERPRETED_TILE
+    known = max((a for a in TILES if a <= architecture), default=min(TILES))
+    if windows:
+        return WINDOW_TILES[known][kind]
+    return TILES[known][kind] if unit > 1 or kind == FLOAT64 else NARROW_TILE

@@ -1,0 +1,42 @@
+"""Triton kernels run on a GPU where there is one; elsewhere they are interpreted, on the CPU.
+
+The choice is made when a kernel's module is imported, so for the whole process, before any test is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run, with Triton preferred there."""
+    pytest.importorskip("triton", reason="Triton is not installed; pip install 'lswag-fast[gpu]'")
+    monkeypatch.setenv("LSWAG_BACKEND", "triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    _mend_interpreter(monkeypatch)
+    return torch.device("cpu")
+
+
+def _mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter of Triton 3.6 take loop bounds from tensors under NumPy 2.4.
+
+    NumPy no longer turns an array of one element into an int, which is how the interpreter holds scalars.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
