@@ -190,7 +190,7 @@ def forward(
 def variants() -> Iterator[Variant]:
     """The launches for AutoFormer at 224 x 224, and one with clipped distances on a larger grid."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        for grid in ((14, 14), (20, 20)):
+        for grid in ((14, 14), (20, 20)) if dtype != torch.float16 else ((14, 14),):
             constants = shape_constants(grid, 30)
             chosen = blocks(dtype, constants["PLACES"])
             pointers = forward_kernel.arg_names[:7]

@@ -293,7 +293,7 @@ def variants() -> Iterator[Variant]:
             "heads": "i32",
         }
         matrix = dtype != torch.float32
-        for grid, with_tables in cases:
+        for grid, with_tables in cases if dtype != torch.float16 else cases[:2]:
             constants = shape_constants(grid, 30)
             chosen = queries_blocks(dtype, constants["PLACES"])
             pointers = [n for n in queries_kernel.arg_names[:12] if n != "softmax" and n != "delta"]

@@ -25,10 +25,11 @@ def indicator(grid: tuple[int, int], places: int, dtype: torch.dtype, device: to
 
     Kernels load its blocks like those of keys: worked out in a kernel, the comparisons cost it 30 registers.
     """
-    patch = torch.arange(grid[0] * grid[1], device=device)
-    of_token = torch.stack((1 + patch // grid[1], 1 + places + patch % grid[1]), dim=1)
-    of_token = torch.cat((torch.tensor([[0, places]], device=device), of_token))
-    return torch.zeros(len(of_token), 2 * places, dtype=dtype, device=device).scatter_(1, of_token, 1)
+    token = torch.arange(1 + grid[0] * grid[1], device=device)[:, None]
+    place = torch.arange(2 * places, device=device)
+    row = torch.where(token == 0, 0, 1 + (token - 1) // grid[1])
+    column = torch.where(token == 0, 0, 1 + (token - 1) % grid[1])
+    return ((place == row) | (place == places + column)).to(dtype)
 
 
 @triton.jit
