@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..ops.gelu import activation_backward
 from .functions import ConvolutionCall
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -72,18 +73,7 @@ class _Activation(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        return _ACTIVATION_BACKWARD[ctx.kind](grad, saved), None, None
-
-
-_aten = torch.ops.aten
-_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, post: _aten.threshold_backward(grad, post, 0),
-    "relu6": lambda grad, pre: _aten.hardtanh_backward(grad, pre, 0.0, 6.0),
-    "gelu": lambda grad, pre: _aten.gelu_backward(grad, pre),
-    "gelu_tanh": lambda grad, pre: _aten.gelu_backward(grad, pre, approximate="tanh"),
-    "silu": lambda grad, pre: _aten.silu_backward(grad, pre),
-    "hardswish": lambda grad, pre: _aten.hardswish_backward(grad, pre),
-}
+        return activation_backward(grad, saved, ctx.kind), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, sink: Sink) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .. import backends
 from ..errors import InputError
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,9 +37,10 @@ def relative_attention(
 
     Args:
         qkv: Queries, keys and values of `T = 1 + rows * columns` tokens, the class token first, head-major in each
-            third. Float32, bfloat16 and float16 on the CPU run natively: bfloat16 multiplies bfloat16 pairs where the
-            processor has such instructions (sums, softmax float32), float16 computes in float32. Others take
-            `relative_attention_torch`.
+            third. Float32, bfloat16 and float16 run natively. On the CPU bfloat16 multiplies bfloat16 pairs where the
+            processor has such instructions (sums, softmax float32), and float16 computes in float32. On a CUDA device
+            both are multiplied as they are and float32 as IEEE float32; D = 64, grids up to 31 x 31 and L from 1 to 15
+            run there, read in place where rows are contiguous. Others take `relative_attention_torch`.
         key_tables: Vertical and horizontal table of the keys, read in the dtype of `qkv`; index 0 is the class token.
         value_tables: The same of the values.
         heads: H.
@@ -61,12 +63,12 @@ def relative_attention(
         )
         return result
     _check(qkv, key_tables, value_tables, heads, grid, scale)
-    native = qkv.dtype in _NATIVE_DTYPES and qkv.device.type in ("cpu", "meta")
-    if not native or torch._C._are_functorch_transforms_active():
+    function = _native(qkv, [*key_tables, *value_tables], heads, grid)
+    if function is None:
         return relative_attention_torch(qkv, key_tables, value_tables, heads=heads, grid=grid, scale=scale)
     factor = _head_dim(qkv, heads) ** -0.5 if scale is None else float(scale)
     tables = [table.to(qkv.dtype) for table in tensors[1:]]
-    output: Tensor = _RelativeAttention.apply(qkv, *tables, (heads, *grid), factor)  # type: ignore[no-untyped-call]
+    output: Tensor = function.apply(qkv, *tables, (heads, *grid), factor)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -127,6 +129,22 @@ def _relative(tables: tuple[Tensor, Tensor], grid: tuple[int, int], like: Tensor
     return of_class, spread[0], spread[1]
 
 
+def _native(
+    qkv: Tensor, tables: list[Tensor], heads: int, grid: tuple[int, int]
+) -> type[torch.autograd.Function] | None:
+    """Returns the function that runs these natively; None where only plain torch can."""
+    if qkv.dtype not in _NATIVE_DTYPES or torch._C._are_functorch_transforms_active():
+        return None
+    if qkv.is_meta:
+        return _RelativeAttention
+    implementation = backends.implementation("relative_attention", qkv.device.type)
+    if implementation == "triton":
+        from ..kernels import relative_attention as kernel
+
+        return _TritonRelativeAttention if kernel.fits(qkv, tables, heads, grid) else None
+    return _RelativeAttention if implementation == "cpp" else None
+
+
 def _head_dim(qkv: Tensor, heads: int) -> int:
     return qkv.shape[2] // (3 * heads)
 
@@ -173,7 +191,7 @@ def _check_tables(name: str, tables: tuple[Tensor, Tensor], head_dim: int, devic
 
 
 class _RelativeAttention(torch.autograd.Function):
-    """The native kernels; on the meta device only their shapes."""
+    """The kernels in C++; on the meta device only their shapes."""
 
     @staticmethod
     def forward(
@@ -219,5 +237,48 @@ class _RelativeAttention(torch.autograd.Function):
             _C.relative_attention_backward(
                 qkv, tables, ctx.layout, ctx.scale, threads, softmax, grad_out, grad_qkv, grad_tables, workspace
             )
+        kept = [g if w else None for g, w in zip(grad_tables, wanted, strict=True)] if grad_tables else [None] * 4
+        return grad_qkv, *kept, None, None
+
+
+class _TritonRelativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        key_vertical: Tensor,
+        key_horizontal: Tensor,
+        value_vertical: Tensor,
+        value_horizontal: Tensor,
+        layout: tuple[int, int, int],
+        scale: float,
+    ) -> Tensor:
+        from ..kernels import relative_attention as kernel
+
+        qkv = kernel.rows_apart(qkv.detach())
+        tables = [t.detach().contiguous() for t in (key_vertical, key_horizontal, value_vertical, value_horizontal)]
+        ctx.heads, ctx.grid, ctx.scale = layout[0], layout[1:], scale
+        out, softmax = kernel.forward(qkv, tables, ctx.heads, ctx.grid, scale)
+        ctx.save_for_backward(qkv, out, softmax, *tables)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        from ..kernels import relative_attention_backward as kernel
+
+        qkv, out, softmax, *tables = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:5]
+        grad_qkv, grad_tables = kernel.backward(
+            qkv,
+            tables,
+            ctx.heads,
+            ctx.grid,
+            ctx.scale,
+            out,
+            softmax,
+            grad_out.detach().contiguous(),
+            (ctx.needs_input_grad[0], any(wanted)),
+        )
         kept = [g if w else None for g, w in zip(grad_tables, wanted, strict=True)] if grad_tables else [None] * 4
         return grad_qkv, *kept, None, None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.relative_attention import relative_attention
 
 HEAD_DIM = 64
@@ -143,8 +144,8 @@ class _Block(nn.Module):
         self.fc2 = _Linear(parameters, prefix + "fc2")
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.attn(self.attn_layer_norm(tokens))
-        mixed: Tensor = tokens + self.fc2(self.activation(self.fc1(self.ffn_layer_norm(tokens))))
+        tokens, normalised = self.ffn_layer_norm.after_adding(self.attn(self.attn_layer_norm(tokens)), tokens)
+        mixed: Tensor = tokens + self.fc2(self.activation(self.fc1(normalised)))
         return mixed
 
 
@@ -226,3 +227,10 @@ class _LayerNorm(nn.LayerNorm):
         self.normalized_shape = (self.weight.shape[0],)
         self.eps = 1e-5
         self.elementwise_affine = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, eps=self.eps)
+
+    def after_adding(self, change: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns tokens + change, and that normalised."""
+        return add_layer_norm(tokens, change, self.weight, self.bias, eps=self.eps)

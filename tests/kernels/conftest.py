@@ -6,6 +6,8 @@ The choice is made when a kernel's module is imported, so for the whole process,
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,6 +26,29 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         return torch.device("cuda")
     _mend_interpreter(monkeypatch)
     return torch.device("cpu")
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops take Triton on any device."""
+    monkeypatch.setenv("LSWAG_BACKEND", "triton")
+
+
+@pytest.fixture
+def poisoned():
+    """A context in which every tensor that torch allocates without a value is full of NaN."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.utils.deterministic.fill_uninitialized_memory
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    return context
 
 
 def _mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,131 @@
+"""LayerNorm over the last axis, alone or of a sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .. import backends
+from ..errors import InputError
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_COLUMNS = 8192
+
+
+def layer_norm(
+    x: Tensor,  # [..., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    *,
+    eps: float = 1e-5,
+) -> Tensor:  # [..., C]
+    """Normalises each row of C numbers: `(x - mean) / sqrt(variance + eps) * weight + bias`, population variance.
+
+    Args:
+        x: Float32, bfloat16 and float16 on a CUDA device run fused, with float32 statistics; all others by torch.
+        weight: Of the dtype and device of `x`; 1 where None.
+        bias: The same; 0 where None.
+        eps: Added to the variance.
+
+    Returns:
+        The normalised rows, in the dtype of `x`; differentiable, once where fused. Same input, same bits.
+
+    Raises:
+        InputError: Shapes, devices or dtypes that do not fit each other.
+
+    Source: Ba, Kiros, Hinton, Layer Normalization, arXiv 1607.06450.
+    """
+    _check(x, None, weight, bias)
+    if not _fused(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    normalised: Tensor = _LayerNorm.apply(x, None, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return normalised
+
+
+def add_layer_norm(
+    x: Tensor,  # [..., C]
+    residual: Tensor,  # [..., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # [..., C] both
+    """Returns `total = x + residual` and `layer_norm(total, weight, bias)`, where fused in one pass over memory.
+
+    `total` is rounded to the dtype of `x` before it is normalised. Arguments, dtypes and errors as `layer_norm`;
+    `residual` has the shape, dtype and device of `x`.
+    """
+    _check(x, residual, weight, bias)
+    if not _fused(x):
+        total = x + residual
+        return total, F.layer_norm(total, x.shape[-1:], weight, bias, eps)
+    both: tuple[Tensor, Tensor] = _LayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return both
+
+
+def _fused(x: Tensor) -> bool:
+    if x.dtype not in _KERNEL_DTYPES or x.shape[-1] > _MOST_COLUMNS or torch._C._are_functorch_transforms_active():
+        return False
+    return backends.implementation("layer_norm", x.device.type) == "triton"
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        raise InputError(f"expected x [..., C] of a floating dtype with C >= 1, got {x.dtype} {list(x.shape)}")
+    for name, other, shape in (
+        ("residual", residual, x.shape),
+        ("weight", weight, x.shape[-1:]),
+        ("bias", bias, x.shape[-1:]),
+    ):
+        if other is None:
+            continue
+        if other.shape != shape:
+            raise InputError(f"expected {name} {list(shape)} for x {list(x.shape)}, got {list(other.shape)}")
+        if other.dtype != x.dtype:
+            raise InputError(f"expected {name} in the dtype of x ({x.dtype}), got {other.dtype}; convert it first")
+        if other.device != x.device:
+            raise InputError(f"expected {name} on the device of x ({x.device}), got {other.device}; move it there")
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        from ..kernels import layer_norm as kernel
+
+        columns = x.shape[-1]
+        rows = x.detach().contiguous().view(-1, columns)
+        added = None if residual is None else residual.detach().contiguous().view(-1, columns)
+        weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
+        total, normalised, statistics = kernel.forward(rows, added, weight, bias, eps)
+        ctx.added = residual is not None
+        total, normalised = total.view(x.shape), normalised.view(x.shape)
+        ctx.save_for_backward(total if ctx.added else x, weight, statistics)
+        return (total, normalised) if ctx.added else normalised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from ..kernels import layer_norm as kernel
+
+        total, weight, statistics = ctx.saved_tensors
+        shape, columns = total.shape, total.shape[-1]
+        of_total = grads[0].contiguous().view(-1, columns) if ctx.added else None
+        wanted = ctx.needs_input_grad
+        grad, parameters = kernel.backward(
+            total.detach().contiguous().view(-1, columns),
+            weight,
+            statistics,
+            of_total,
+            grads[-1].contiguous().view(-1, columns),
+            wanted[2] or wanted[3],
+        )
+        grad = grad.view(shape)
+        grad_weight = parameters[0].to(total.dtype) if parameters is not None and wanted[2] else None
+        grad_bias = parameters[1].to(total.dtype) if parameters is not None and wanted[3] else None
+        return grad if wanted[0] else None, grad if wanted[1] else None, grad_weight, grad_bias, None
