@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.gelu import activation_backward
+from ..ops.layer_norm import NormalisedSum
 from ..ops.relative_attention import relative_attention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 
-EPSILON = 1e-5
 LAYERS_BEFORE = 1
 LAYERS_A_BLOCK = 4
 """The patch kernel comes first; each block has qkv, proj, fc1 and fc2, and then comes the head."""
@@ -69,37 +70,15 @@ class Weights:
 
 
 @dataclass
-class _Norm:
-    """A layer normalisation of x [S, T, E] and what its gradient needs."""
-
-    x: Tensor
-    weight: Tensor
-    out: Tensor
-    mean: Tensor
-    reciprocal: Tensor
-
-    @staticmethod
-    def of(x: Tensor, weight: Tensor, bias: Tensor) -> _Norm:
-        return _Norm(x, weight, *torch.native_layer_norm(x, weight.shape, weight, bias, EPSILON))
-
-    def backward(self, grad: Tensor) -> Tensor:
-        statistics = (self.mean, self.reciprocal)
-        shape = list(self.weight.shape)
-        backward = torch.ops.aten.native_layer_norm_backward
-        grad_x: Tensor = backward(grad, self.x, shape, *statistics, self.weight, None, [True, False, False])[0]
-        return grad_x
-
-
-@dataclass
 class _Block:
     """What the forward pass of a block leaves for its backward pass."""
 
-    attention_norm: _Norm
+    attention_norm: NormalisedSum
     query_weight: Tensor
     qkv: Tensor  # a leaf of autograd, which is used for the attention alone
     context: Tensor
     projection: Tensor
-    mlp_norm: _Norm
+    mlp_norm: NormalisedSum
     widen: Tensor
     pre: Tensor
     post: Tensor
@@ -135,33 +114,37 @@ class AutoFormerPass:
         tokens = F.linear(self._patches, *weights.linear("patch_embed_super.proj", embed, self._patches.shape[2]))
         start = weights.token("cls_token", embed).expand(len(tokens), -1, -1)
         x = torch.cat((start, tokens), dim=1) + weights.token("pos_embed", embed)
+        change: Tensor | None = None
         for number, (heads, ratio) in enumerate(zip(self._arch["num_heads"], self._arch["mlp_ratio"], strict=True)):
-            x = self._block(number, x, heads, mlp_width(embed, ratio), activate)
-        self._norm = _Norm.of(x, *weights.norm("norm", embed))
-        self._pooled = self._norm.out[:, 1:].mean(dim=1)
+            x, change = self._block(number, x, change, heads, mlp_width(embed, ratio), activate)
+        self._norm = NormalisedSum.of(x, change, *weights.norm("norm", embed))
+        self._pooled = self._norm.normalised[:, 1:].mean(dim=1)
         return F.linear(self._pooled, self._head, self._head_bias)
 
-    def _block(self, number: int, x: Tensor, heads: int, hidden: int, activate: Activate) -> Tensor:
+    def _block(
+        self, number: int, x: Tensor, change: Tensor | None, heads: int, hidden: int, activate: Activate
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the tokens as a sum that is yet to be made, and returns them so: a normalisation makes it on the way."""
         name, embed, weights = f"blocks.{number}.", self._embed, self._weights
         inner = HEAD_DIM * heads
-        attention_norm = _Norm.of(x, *weights.norm(name + "attn_layer_norm", embed))
+        attention_norm = NormalisedSum.of(x, change, *weights.norm(name + "attn_layer_norm", embed))
         query_weight, query_bias = weights.queries(name + "attn.qkv", 3 * inner, embed)
         with torch.enable_grad():
-            qkv = F.linear(attention_norm.out, query_weight, query_bias).detach().requires_grad_()
+            qkv = F.linear(attention_norm.normalised, query_weight, query_bias).detach().requires_grad_()
             context = relative_attention(
                 qkv, weights.tables(name, "k"), weights.tables(name, "v"), heads=heads, grid=self._grid
             )
         projection, bias = weights.linear(name + "attn.proj", embed, inner)
-        y = x + F.linear(context.detach(), projection, bias)
-        mlp_norm = _Norm.of(y, *weights.norm(name + "ffn_layer_norm", embed))
+        change = F.linear(context.detach(), projection, bias)
+        mlp_norm = NormalisedSum.of(attention_norm.total, change, *weights.norm(name + "ffn_layer_norm", embed))
         widen, bias = weights.linear(name + "fc1", hidden, embed)
-        pre = F.linear(mlp_norm.out, widen, bias)
+        pre = F.linear(mlp_norm.normalised, widen, bias)
         post = activate(number, pre)
         narrow, bias = weights.linear(name + "fc2", embed, hidden)
         self._blocks.append(
             _Block(attention_norm, query_weight, qkv, context, projection, mlp_norm, widen, pre, post, narrow)
         )
-        return y + F.linear(post, narrow, bias)
+        return mlp_norm.total, F.linear(post, narrow, bias)
 
     @torch.no_grad()
     def backward(self, grad: Tensor, deliver: Deliver, first: int) -> None:
@@ -174,7 +157,7 @@ class AutoFormerPass:
         if first >= position:
             return
         grad_pooled = grad @ self._head
-        spread = self._norm.out.new_zeros(self._norm.out.shape)
+        spread = torch.zeros_like(self._norm.normalised)
         spread[:, 1:] = (grad_pooled / (spread.shape[1] - 1)).unsqueeze(1)
         grad = self._norm.backward(spread)
         while self._blocks and first < position:
@@ -187,15 +170,15 @@ class AutoFormerPass:
     def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, first: int) -> Tensor:
         """Returns the gradient at the input of a block, whose layers are 0 to 3; those below `first` are not needed."""
         deliver(3, block.post, grad)
-        grad_pre = torch.ops.aten.gelu_backward(grad @ block.narrow, block.pre)
-        deliver(2, block.mlp_norm.out, grad_pre)
+        grad_pre = activation_backward(grad @ block.narrow, block.pre, "gelu")
+        deliver(2, block.mlp_norm.normalised, grad_pre)
         if first >= 2:
             return grad
-        grad = grad + block.mlp_norm.backward(grad_pre @ block.widen)
+        grad = block.mlp_norm.backward(grad_pre @ block.widen, grad)
         deliver(1, block.context.detach(), grad)
         (grad_qkv,) = torch.autograd.grad(block.context, block.qkv, grad @ block.projection)
-        deliver(0, block.attention_norm.out, grad_qkv)
-        return grad + block.attention_norm.backward(grad_qkv @ block.query_weight)
+        deliver(0, block.attention_norm.normalised, grad_qkv)
+        return block.attention_norm.backward(grad_qkv @ block.query_weight, grad)
 
 
 def _from(deliver: Deliver, position: int, layer: int, inputs: Tensor, output_grads: Tensor) -> None:

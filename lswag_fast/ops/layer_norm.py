@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +68,36 @@ def add_layer_norm(
     return both
 
 
+@dataclass(frozen=True)
+class NormalisedSum:
+    """The LayerNorm of a sum [..., C], with what its gradient needs; no graph is kept."""
+
+    total: Tensor
+    normalised: Tensor
+    _weight: Tensor
+    _statistics: tuple[Tensor, ...]  # of the kernel, or mean and reciprocal deviation of torch
+
+    @staticmethod
+    def of(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> NormalisedSum:
+        """Returns `total = x + residual` (x where None) and its layer_norm, in one pass over memory where fused."""
+        _check(x, residual, weight, bias)
+        if _fused(x):
+            total, normalised, statistics = _forward(x, residual, weight, bias, eps)
+            return NormalisedSum(total, normalised, weight, (statistics,))
+        total = x if residual is None else x + residual
+        normalised, *both = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
+        return NormalisedSum(total, normalised, weight, tuple(both))
+
+    def backward(self, of_normalised: Tensor, of_total: Tensor | None = None) -> Tensor:
+        """Returns the gradient at x, from those at `normalised` and at `total`; residual has the same."""
+        if len(self._statistics) == 1:
+            return _backward(self.total, self._weight, self._statistics[0], of_total, of_normalised, False)[0]
+        backward = torch.ops.aten.native_layer_norm_backward
+        shape, mask = list(self._weight.shape), [True, False, False]
+        grad: Tensor = backward(of_normalised, self.total, shape, *self._statistics, self._weight, None, mask)[0]
+        return grad if of_total is None else of_total + grad
+
+
 def _fused(x: Tensor) -> bool:
     if x.dtype not in _KERNEL_DTYPES or x.shape[-1] > _MOST_COLUMNS or torch._C._are_functorch_transforms_active():
         return False
@@ -91,41 +122,60 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
             raise InputError(f"expected {name} on the device of x ({x.device}), got {other.device}; move it there")
 
 
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the total, it normalised, and the statistics of its rows, by the kernel."""
+    from ..kernels import layer_norm as kernel
+
+    columns = x.shape[-1]
+    rows = x.detach().contiguous().view(-1, columns)
+    added = None if residual is None else residual.detach().contiguous().view(-1, columns)
+    weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
+    total, normalised, statistics = kernel.forward(rows, added, weight, bias, eps)
+    return total.view(x.shape), normalised.view(x.shape), statistics
+
+
+def _backward(
+    total: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    of_total: Tensor | None,
+    of_normalised: Tensor,
+    of_parameters: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Returns the gradient at the total, and those of weight and bias where asked, by the kernel."""
+    from ..kernels import layer_norm as kernel
+
+    columns = total.shape[-1]
+    grad, parameters = kernel.backward(
+        total.detach().contiguous().view(-1, columns),
+        weight,
+        statistics,
+        None if of_total is None else of_total.contiguous().view(-1, columns),
+        of_normalised.contiguous().view(-1, columns),
+        of_parameters,
+    )
+    return grad.view(total.shape), parameters
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        from ..kernels import layer_norm as kernel
-
-        columns = x.shape[-1]
-        rows = x.detach().contiguous().view(-1, columns)
-        added = None if residual is None else residual.detach().contiguous().view(-1, columns)
-        weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
-        total, normalised, statistics = kernel.forward(rows, added, weight, bias, eps)
+        total, normalised, statistics = _forward(x, residual, weight, bias, eps)
         ctx.added = residual is not None
-        total, normalised = total.view(x.shape), normalised.view(x.shape)
         ctx.save_for_backward(total if ctx.added else x, weight, statistics)
         return (total, normalised) if ctx.added else normalised
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ..kernels import layer_norm as kernel
-
         total, weight, statistics = ctx.saved_tensors
-        shape, columns = total.shape, total.shape[-1]
-        of_total = grads[0].contiguous().view(-1, columns) if ctx.added else None
         wanted = ctx.needs_input_grad
-        grad, parameters = kernel.backward(
-            total.detach().contiguous().view(-1, columns),
-            weight,
-            statistics,
-            of_total,
-            grads[-1].contiguous().view(-1, columns),
-            wanted[2] or wanted[3],
-        )
-        grad = grad.view(shape)
+        of_total = grads[0] if ctx.added else None
+        grad, parameters = _backward(total, weight, statistics, of_total, grads[-1], wanted[2] or wanted[3])
         grad_weight = parameters[0].to(total.dtype) if parameters is not None and wanted[2] else None
         grad_bias = parameters[1].to(total.dtype) if parameters is not None and wanted[3] else None
         return grad if wanted[0] else None, grad if wanted[1] else None, grad_weight, grad_bias, None
