@@ -86,4 +86,7 @@ def _cuda() -> Backend:
         return Backend("cuda", False, "this build holds no CUDA kernels")
     if not torch.cuda.is_available():
         return Backend("cuda", False, "torch finds no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return Backend("cuda", False, f"compute capability {major}.{minor}; 8.0 or newer is needed")
     return Backend("cuda", True, torch.cuda.get_device_name())

@@ -1,11 +1,11 @@
 // The order in which the positions of an activation are read: as they lie in memory, whatever the order of its axes.
 #pragma once
 
+#include "lswag/host_device.h"
 #include "lswag/tensor.h"
 
 namespace lswag {
 namespace LSWAG_ISA {
-namespace {
 
 // One axis of the positions, with its strides in the tensor read, in the one written, and among the words.
 struct Axis {
@@ -23,7 +23,7 @@ struct PositionOrder {
     Axis run;
 
     // Where a row starts: the strides' fields hold offsets.
-    Axis row_start(int64_t row) const {
+    LSWAG_HOST_DEVICE Axis row_start(int64_t row) const {
         Axis start = {run.size, 0, 0, 0};
         for (int a = outer_axes - 1; a >= 0; --a) {
             const int64_t i = row % outer[a].size;
@@ -67,6 +67,5 @@ inline PositionOrder position_order(const Tensor& pre, const Tensor& post) {
     return order;
 }
 
-}  // namespace
 }  // namespace LSWAG_ISA
 }  // namespace lswag

@@ -4,6 +4,9 @@ A pattern belongs to one neuron (one position of one activation): S bits, bit n 
 of distinct patterns is Psi of L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equation 7); the agreements of samples are
 the kernel matrix of NWOT (Mellor et al., ICML 2021).
 
+On the CPU they are C++, on a CUDA device CUDA C++, put on torch's current stream of that device; there only what returns
+numbers of Python waits for them, and everything else can be captured in a CUDA graph.
+
 Packed words are int64 [W, P]: W = ceil(S / 64) rows, P positions in the row-major order of the activation's shape
 without its sample axis, whatever its strides. Bit n % 64 of row n // 64 is sample n's.
 """
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+from .. import _C, backends
 from ..errors import InputError
 from ..options import MAX_SAMPLES
 
@@ -47,14 +50,14 @@ def pack_signs(
     """Packs the signs of a post-activation across samples.
 
     Args:
-        activation: [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array on the CPU; any strides.
+        activation: [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array; any strides.
         words: the words of the samples before `first_sample` of a larger batch, to which these are added in place.
             Where they have too few rows for the new samples, a longer copy is returned.
         first_sample: the bit of the activation's sample 0.
         samples: pack only the first so many samples of `activation`, 0 to S.
 
     Returns:
-        words int64 [W, P], W = ceil((first_sample + samples) / 64).
+        words int64 [W, P], W = ceil((first_sample + samples) / 64), on the activation's device.
 
     Raises:
         InputError: the dtype, device, shape or one of the numbers cannot be used.
@@ -62,7 +65,7 @@ def pack_signs(
     activation = _tensor(activation, "activation")
     count = _sample_count(activation, samples, first_sample)
     words, accumulate = _words_for(activation, words, first_sample + count)
-    _C.pack_signs(activation, None, words, 0, first_sample, count, accumulate, torch.get_num_threads())
+    _pack(activation, None, words, 0, first_sample, count, accumulate)
     return words
 
 
@@ -72,7 +75,7 @@ def activate_and_pack(
     """Applies an activation function and packs the signs of its result, in one pass.
 
     Args:
-        pre: pre-activation [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array on the CPU.
+        pre: pre-activation [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array.
         kind: one of `ACTIVATIONS`. Computed in float32; gelu to 2.4e-7, where 1 + erf in float32 loses 1.2e-6.
         samples: pack only the first so many samples; the function is applied to all.
         inplace: write the result over `pre`.
@@ -93,7 +96,7 @@ def activate_and_pack(
         )
     post = pre if inplace else torch.empty_like(pre)
     words, _ = _words_for(pre, None, count)
-    _C.pack_signs(pre, post, words, 1 + ACTIVATIONS.index(kind), 0, count, False, torch.get_num_threads())
+    _pack(pre, post, words, 1 + ACTIVATIONS.index(kind), 0, count, False)
     return post, words
 
 
@@ -105,17 +108,46 @@ def count_patterns(words: Sequence[Tensor], samples: int) -> PatternCounts:
         samples: S, from 1 to 64 * W.
 
     Raises:
-        InputError: words of another dtype or shape, or with fewer rows than S samples need.
+        InputError: words of another dtype or shape, on several devices, or with fewer rows than S samples need; on a
+            CUDA device, 2^31 positions or more.
     """
     words = _checked_words(words, samples)
     positions = tuple(w.shape[1] for w in words)
     if sum(positions) == 0:
         return PatternCounts(0, tuple(0 for _ in words), positions)
+    if words[0].is_cuda:
+        union, *per_layer = count_patterns_device(words, samples).tolist()
+        return PatternCounts(union, tuple(per_layer), positions)
     if samples <= _TAG_SAMPLES and len(words) < 2**16:
         union, per_layer = _count_by_tags(words, samples)
     else:
         union, per_layer = _count_by_hash(words, samples)
     return PatternCounts(union, tuple(per_layer), positions)
+
+
+def count_patterns_device(words: Sequence[Tensor], samples: int) -> Tensor:
+    """Counts as `count_patterns` does, without waiting for a CUDA device.
+
+    Takes words, at least one tensor of them, and raises as `count_patterns` does.
+
+    Returns:
+        int64 [1 + activations] on the words' device: the distinct patterns of all activations together, then of each.
+    """
+    words = _checked_words(words, samples)
+    if not words:
+        raise InputError("words is empty; give the words of at least one activation")
+    if not words[0].is_cuda:
+        counts = count_patterns(words, samples)
+        return torch.tensor([counts.union, *counts.per_layer], dtype=torch.int64)
+    try:
+        numel = _C.cuda_count_workspace([w.shape[1] for w in words])
+    except ValueError as error:
+        raise InputError(f"{error}, got {sum(w.shape[1] for w in words)}") from error
+    device = words[0].device
+    out = torch.empty(1 + len(words), dtype=torch.int64, device=device)
+    workspace = torch.empty(numel, dtype=torch.int64, device=device)
+    _C.cuda_count_patterns(words, samples, out, workspace, _stream(device))
+    return out
 
 
 def count_distinct(words: Sequence[Tensor], samples: int) -> int:
@@ -127,9 +159,15 @@ def hamming_kernel(words: Sequence[Tensor], samples: int) -> Tensor:
     """Returns the number of positions at which each two samples agree: int64 [S, S], the positions on its diagonal.
 
     That is NWOT's kernel matrix, N_A less the Hamming distance of two samples' binary codes, before its logarithm of
-    the determinant. Takes words and raises as `count_patterns` does.
+    the determinant. Takes words and raises as `count_patterns` does; the result is on their device.
     """
     words = _checked_words(words, samples)
+    if words and words[0].is_cuda:
+        device = words[0].device
+        out = torch.empty(samples, samples, dtype=torch.int64, device=device)
+        space = torch.empty(_C.cuda_agreement_workspace(len(words)), dtype=torch.int64, device=device)
+        _C.cuda_count_agreements(words, samples, out, space, _stream(device))
+        return out
     threads = torch.get_num_threads()
     out = torch.empty(samples, samples, dtype=torch.int64)
     codes = _workspace(threads * words_per_pattern(samples) * 64 * _C.code_words)
@@ -167,6 +205,22 @@ def words_per_pattern(samples: int) -> int:
     return -(-samples // 64)
 
 
+def _pack(
+    pre: Tensor, post: Tensor | None, words: Tensor, activation: int, first_sample: int, count: int, accumulate: bool
+) -> None:
+    if pre.is_cuda:
+        stream = _stream(pre.device)
+        _C.cuda_pack_signs(pre, post, words, activation, first_sample, count, accumulate, stream)
+    else:
+        threads = torch.get_num_threads()
+        _C.pack_signs(pre, post, words, activation, first_sample, count, accumulate, threads)
+
+
+def _stream(device: torch.device) -> int:
+    handle: int = torch.cuda.current_stream(device).cuda_stream
+    return handle
+
+
 def _count_by_tags(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
     threads = torch.get_num_threads()
     bits = max(samples - _TAG_BITS, min(samples, _PARALLEL_BITS))
@@ -198,11 +252,21 @@ def _tensor(array: Any, name: str) -> Tensor:
     tensor = tensor.detach()
     if tensor.dtype not in _DTYPES:
         raise InputError(f"{name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.device.type != "cpu":
-        raise InputError(f"{name} must be on the CPU, got {tensor.device}")
+    _check_device(tensor.device, name)
     if tensor.dim() == 0 or tensor.dim() > 8 or len(tensor) == 0:
         raise InputError(f"{name} must be [S, ...] with S >= 1 and at most 8 axes, got {list(tensor.shape)}")
     return tensor
+
+
+def _check_device(device: torch.device, name: str) -> None:
+    kernels = backends.implementation("activation_patterns", device.type)
+    if kernels is None:
+        raise InputError(f"{name} must be on the CPU or on a CUDA device, got {device}")
+    if kernels == "cuda" and not _C.cuda_kernels():
+        raise InputError(
+            f"{name} is on {device}, but this build holds no CUDA kernels; install lswag_fast again where nvcc is found, "
+            "or move the tensor to the CPU"
+        )
 
 
 def _import(array: Any, name: str) -> Tensor:
@@ -228,12 +292,14 @@ def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[
     rows = words_per_pattern(samples)
     if words is None:
         fresh = torch.zeros if samples != len(activation) else torch.empty
-        return fresh(rows, positions, dtype=torch.int64), samples != len(activation)
+        return fresh(rows, positions, dtype=torch.int64, device=activation.device), samples != len(activation)
     if words.dtype != torch.int64 or words.dim() != 2 or words.shape[1] != positions or not words.is_contiguous():
         raise InputError(
             f"words must be contiguous int64 [W, P] with the activation's P = {positions}, "
             f"got {words.dtype} {list(words.shape)}"
         )
+    if words.device != activation.device:
+        raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
     if len(words) < rows:
         words = torch.cat([words, words.new_zeros(rows - len(words), positions)])
     return words, True
@@ -248,4 +314,7 @@ def _checked_words(words: Sequence[Tensor], samples: int) -> list[Tensor]:
                 f"words[{i}] must be int64 [W, P] with W >= {words_per_pattern(samples)} for {samples} samples, "
                 f"got {w.dtype} {list(w.shape)}"
             )
+        _check_device(w.device, f"words[{i}]")
+        if w.device != words[0].device:
+            raise InputError(f"words must be on one device, got {words[0].device} and {w.device}")
     return [w.contiguous() for w in words]

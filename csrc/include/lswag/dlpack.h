@@ -46,6 +46,7 @@ struct ManagedVersioned {
 };
 
 constexpr int32_t kCpu = 1;
+constexpr int32_t kCuda = 2;
 constexpr uint64_t kReadOnly = 1;
 constexpr uint8_t kInt = 0;
 constexpr uint8_t kUInt = 1;
