@@ -118,6 +118,7 @@ def score(
         statistics = LswagStatistics(plan, resolved, samples)
         assert resolved.groups is not None
         losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
+        statistics.launch()
         result = result_of(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
         check_losses(losses)
     if result.uncovered:
@@ -192,7 +193,7 @@ def result_of(
     caught: list[str],
     start: float,
 ) -> LswagResult:
-    """Reduces the statistics of a pass to a result; `caught` are warnings, `start` is when the score began."""
+    """Reads the statistics of a pass, launched, as a result; `caught` are warnings, `start` is when the score began."""
     rows = statistics.rows()
     psi, by_activation = statistics.patterns()
     saturation = statistics.saturation(psi)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,17 +59,31 @@ class AutoFormerEngine:
         self._loss: Loss = scoring.CrossEntropy() if loss is None else loss
 
     def score(self, arch: Arch) -> LswagResult:
-        """Returns the score of a candidate in canonical form; raises ScoreError where a loss is not finite."""
+        """Returns the score of a candidate in canonical form.
+
+        Where a device runs out of memory, the candidate is scored once more, one weight at a time.
+
+        Raises:
+            ScoreError: a loss is not finite.
+        """
+        try:
+            return self.launch(arch).finish()
+        except torch.OutOfMemoryError:
+            pass  # what the first attempt holds is free once the error is
+        torch.cuda.empty_cache()
+        return self.launch(arch, at_once=True).finish()
+
+    def launch(self, arch: Arch, *, at_once: bool = False) -> PendingScore:
+        """Starts the score of a candidate; on a device nothing here waits for it, unless weights go one at a time."""
         start = time.perf_counter()
         plan = self._plan(arch)
-        statistics = LswagStatistics(plan, self._options, len(self._patches))
+        statistics = LswagStatistics(plan, self._options, len(self._patches), at_once=at_once)
         with torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses = self._run(arch, plan, statistics)
+            statistics.launch()
             messages = [str(w.message) for w in caught]
-        result = scoring.result_of(plan, statistics, self._options, self._options, messages, start)
-        check_losses(losses)
-        return result
+        return PendingScore(plan, statistics, self._options, messages, start, losses)
 
     def _run(self, arch: Arch, plan: Plan, statistics: LswagStatistics) -> Tensor:
         def activate(block: int, pre: Tensor) -> Tensor:
@@ -107,6 +122,24 @@ class AutoFormerEngine:
         first, last = self._options.window
         plan.restrict(lambda i: first <= percentile(i + 1, len(layers)) <= last)
         return plan
+
+
+@dataclass(frozen=True)
+class PendingScore:
+    """A score that a device may still be computing."""
+
+    plan: Plan
+    statistics: LswagStatistics
+    options: ScoreOptions
+    messages: list[str]
+    start: float
+    losses: Tensor
+
+    def finish(self) -> LswagResult:
+        """Waits for it and returns it; raises ScoreError where a loss is not finite."""
+        result = scoring.result_of(self.plan, self.statistics, self.options, self.options, self.messages, self.start)
+        check_losses(self.losses)
+        return result
 
 
 def engine_for(

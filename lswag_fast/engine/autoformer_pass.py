@@ -124,7 +124,7 @@ class AutoFormerPass:
     def _block(
         self, number: int, x: Tensor, change: Tensor | None, heads: int, hidden: int, activate: Activate
     ) -> tuple[Tensor, Tensor]:
-        """Takes the tokens as a sum that is yet to be made, and returns them so: a normalisation makes it on the way."""
+        """Takes the tokens as a sum yet to be made, and returns them so: a normalisation makes it on the way."""
         name, embed, weights = f"blocks.{number}.", self._embed, self._weights
         inner = HEAD_DIM * heads
         attention_norm = NormalisedSum.of(x, change, *weights.norm(name + "attn_layer_norm", embed))

@@ -67,7 +67,7 @@ class Scorer:
 
     Args:
         space: the search space, such as `lswag_fast.spaces.get("autoformer-tiny")`.
-        images: [S, 3, H, W] floats, finite, normalised; on the CPU or on the device of the scores, where they are moved.
+        images: [S, 3, H, W] floats, finite, normalised; moved to the device of the scores.
         labels: [S] integers; None draws them from the seed.
         store: a path, an open :class:`lswag_fast.store.Store` (left open), or None for a temporary store.
         supernet: the weights; None draws the supernet of `space` from the seed (or each candidate's own weights, where

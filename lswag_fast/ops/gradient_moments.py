@@ -15,6 +15,8 @@ from ..errors import InputError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIMS = 8
+DEAD = 2.0**-22
+"""A weight is dead where its sigma is at most this times its mean |g|."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def gradient_moments(
 class MomentsAccumulator:
     """The same statistics from group gradients that come one after the other, each already its group's mean.
 
-    For weights whose per-sample gradients need a backward pass a group. State and arithmetic are float64.
+    For weights whose per-sample gradients need a backward pass a group. State and arithmetic are float64. On another
+    device than the CPU torch's operations do it there, and signed moments are refused.
     """
 
     def __init__(self, shape: Sequence[int], *, signed: bool = False) -> None:
@@ -147,18 +150,22 @@ class MomentsAccumulator:
         self._numel = math.prod(self._shape)
         self._signed = signed
         self._groups = 0
-        self._state = torch.empty(_C.moments_state_size(self._numel, signed), dtype=torch.float64)
+        self._state: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Adds the gradient of the next group: of the weight's shape, float32, float64, bfloat16 or float16, CPU.
+        """Adds the gradient of the next group: of the weight's shape, float32, float64, bfloat16 or float16.
 
-        Raises InputError for another shape, dtype or device.
+        Raises InputError for another shape or dtype, or another device than that of the first.
         """
         gradient = _tensor("gradient", gradient, (*_DTYPES, torch.float64))
-        if gradient.device.type != "cpu":
-            raise InputError(f"expected gradient on the CPU, got a tensor on {gradient.device}; move it with .cpu()")
         if tuple(gradient.shape) != self._shape:
             raise InputError(f"expected a gradient of shape {list(self._shape)}, got {list(gradient.shape)}")
+        if self._state is None:
+            self._state = self._fresh(gradient.device)
+        if gradient.device != self._state.device:
+            raise InputError(f"expected gradient on {self._state.device} as the first was, got {gradient.device}")
+        if gradient.device.type != "cpu":
+            return self._add_on_device(gradient.detach().double().abs(), self._state)
         if gradient.dtype not in (torch.float32, torch.float64):
             gradient = gradient.float()
         _C.accumulate_moments(gradient.contiguous(), self._groups, self._signed, torch.get_num_threads(), self._state)
@@ -166,12 +173,36 @@ class MomentsAccumulator:
 
     def finish(self, *, maps: bool = False) -> GradientMoments:
         """Returns the moments of the gradients so far; raises InputError for fewer than 2 of them."""
-        if self._groups < 2:
+        if self._groups < 2 or self._state is None:
             raise InputError(f"moments need the gradients of 2 groups or more, got {self._groups}")
+        if self._state.device.type != "cpu":
+            return self._finish_on_device(self._state, maps=maps)
         flat = _empty_maps(self._numel, self._signed, maps)
         sums, exponent = _C.finish_moments(self._state, self._numel, self._groups, self._signed, flat)
         shaped = [m.view(self._shape) for m in flat]
         return reduced(sums, exponent, 1, self._numel, self._groups, self._signed, shaped)
+
+    def _fresh(self, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return torch.empty(_C.moments_state_size(self._numel, self._signed), dtype=torch.float64)
+        if self._signed:
+            raise InputError("signed moments are computed on the CPU only; move the gradients with .cpu()")
+        return torch.zeros(2, *self._shape, dtype=torch.float64, device=device)
+
+    def _add_on_device(self, magnitude: Tensor, state: Tensor) -> None:
+        """Welford's update of the means state[0] and the sums of squared deviations state[1]."""
+        self._groups += 1
+        difference = magnitude - state[0]
+        state[0] += difference / self._groups
+        state[1] += difference.square() * ((self._groups - 1) / self._groups)
+
+    def _finish_on_device(self, state: Tensor, *, maps: bool) -> GradientMoments:
+        mean, sigma = state[0], (state[1] / self._groups).sqrt()
+        live = sigma > DEAD * mean
+        inverse = torch.where(live, 1 / sigma, 0.0)
+        sums = torch.stack([live.double().sum(), inverse.sum(), (mean * inverse).sum(), sigma.sum(), mean.sum()])
+        given = [sigma, mean.clone()] if maps else []
+        return reduced(tuple(sums.tolist()), 0, 1, self._numel, self._groups, False, given)
 
 
 def checked(

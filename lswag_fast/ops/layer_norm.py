@@ -143,8 +143,8 @@ def _backward(
     of_total: Tensor | None,
     of_normalised: Tensor,
     of_parameters: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Returns the gradient at the total, and those of weight and bias where asked, by the kernel."""
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradient at the total, and those of weight and bias [2, C] where asked, by the kernel."""
     from ..kernels import layer_norm as kernel
 
     columns = total.shape[-1]

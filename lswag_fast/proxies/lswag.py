@@ -7,8 +7,9 @@ import math
 from torch import Tensor
 
 from ..capture import Activation, Layer, Plan
-from ..ops.activation_patterns import activate_and_pack, count_distinct, pack_signs
+from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
+from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
 from ..options import ScoreOptions
 from .result import LayerRow, PatternSaturation
 
@@ -27,9 +28,12 @@ class LswagStatistics:
     Needs captured: the inputs and output gradients of the weights in the window, and the activations up to its end.
     Reduced to: per weight, the sums over its live entries of 1 / sigma and mu / sigma (equation 6); over all counted
     activations, the number of distinct patterns (equation 7).
+
+    On the CPU a weight is reduced when it comes, its operands still in the cache. On a device all of them wait for one
+    grouped launch, unless `at_once`, which needs less memory.
     """
 
-    def __init__(self, plan: Plan, options: ScoreOptions, samples: int) -> None:
+    def __init__(self, plan: Plan, options: ScoreOptions, samples: int, *, at_once: bool = False) -> None:
         assert options.groups is not None
         assert options.pattern_samples is not None
         self._plan = plan
@@ -40,6 +44,10 @@ class LswagStatistics:
         self._moments: dict[str, GradientMoments] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
         self._words: dict[int, Tensor] = {}
+        self._at_once = at_once
+        self._problems: dict[str, MomentProblem] = {}
+        self._pending = PendingMoments([], [])
+        self._counts: Tensor | None = None
 
     def wants(self, activation: Activation) -> bool:
         """Whether this activation counts: it lies before the end of the window (or inside it, where asked)."""
@@ -63,8 +71,11 @@ class LswagStatistics:
     def weight(
         self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None
     ) -> None:
-        """Reduces the per-group gradients of one weight to their moments."""
-        self._moments[layer.name] = gradient_moments(inputs, output_grads, self._groups, convolution=convolution)
+        """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
+        if inputs[0].device.type == "cpu" or self._at_once:
+            self._moments[layer.name] = gradient_moments(inputs, output_grads, self._groups, convolution=convolution)
+        else:
+            self._problems[layer.name] = MomentProblem(inputs, output_grads, self._groups, convolution)
 
     def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Adds the gradient of one more group to the moments of a weight on the slow path."""
@@ -72,19 +83,28 @@ class LswagStatistics:
             self._accumulators[layer.name] = MomentsAccumulator(tuple(gradient.shape))
         self._accumulators[layer.name].add(gradient)
 
+    def launch(self) -> None:
+        """Starts what takes all layers together, once they are all here, without waiting for a device."""
+        words = [self._words[a.call] for a in self._plan.activations if a.call in self._words]
+        if words:
+            self._counts = count_patterns_device(words, self._pattern_samples)
+        self._pending = launch_gradient_moments(list(self._problems.values()))
+
     def rows(self) -> tuple[LayerRow, ...]:
-        """Returns a row a layer, in order of first use."""
+        """Returns a row a layer, in order of first use; after `launch`."""
+        self._moments.update(zip(self._problems, self._pending.finish(), strict=True))
+        self._problems.clear()
         self._moments.update({name: a.finish() for name, a in self._accumulators.items()})
         self._accumulators.clear()
         return tuple(self._row(i + 1, layer) for i, layer in enumerate(self._plan.layers))
 
     def patterns(self) -> tuple[int, tuple[int, ...] | None]:
-        """Returns Psi, and the number of distinct patterns of each activation where they are pooled by sum."""
-        words = [self._words[a.call] for a in self._plan.activations if a.call in self._words]
-        if self._options.pooling == "union":
-            return (count_distinct(words, self._pattern_samples) if words else 0), None
-        counts = tuple(count_distinct([w], self._pattern_samples) for w in words)
-        return sum(counts), counts
+        """Returns Psi, and the number of distinct patterns of each activation where they are pooled by sum.
+
+        To be asked after `launch`.
+        """
+        union, *counts = [0] if self._counts is None else self._counts.tolist()
+        return (union, None) if self._options.pooling == "union" else (sum(counts), tuple(counts))
 
     def positions(self) -> tuple[int, ...]:
         """Returns the positions, for one sample, of each activation that is counted."""
