@@ -142,7 +142,7 @@ def _version(package: str) -> str | None:
 
 def write(device: str, what: str, data: Mapping[str, Any]) -> Path:
     """Writes results/<device>-<what>.json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).split(" (")[0].lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = RESULTS / f"{slug}-{what}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(device), **rounded(data)}, indent=1) + "\n")

@@ -71,6 +71,12 @@ class ScoreOptions:
             raise InputError(
                 f"a score needs 2 to {MAX_SAMPLES} images (sigma and patterns compare samples), got S = {samples}"
             )
+        if coupled and self.groups is None and (samples < 4 or samples % 2):
+            raise InputError(
+                f"samples are coupled (batch normalisation in training mode), so the score takes two groups, each its "
+                f"own pass, and needs an even number of images from 4 on, got S = {samples}; pass other images, groups "
+                f"that divide S, or call model.eval() first"
+            )
         groups = self.groups if self.groups is not None else (2 if coupled else samples)
         if groups < 2 or samples % groups:
             divisors = ", ".join(str(g) for g in range(2, samples + 1) if samples % g == 0)

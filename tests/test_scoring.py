@@ -207,8 +207,11 @@ def test_lazy_parameters_are_refused() -> None:
 
 
 def test_coupled_samples_need_two_a_group() -> None:
+    for samples in (2, 5):
+        with pytest.raises(InputError, match=f"an even number of images from 4 on, got S = {samples}"):
+            lswag_fast.score(networks.Convolutions(norm=True), images(samples))
     with pytest.raises(InputError, match="with 4 images or more"):
-        lswag_fast.score(networks.Convolutions(norm=True), images(2))
+        lswag_fast.score(networks.Convolutions(norm=True), images(2), groups=2)
 
 
 def test_extra_parameters_of_integers_are_refused() -> None:

@@ -97,8 +97,10 @@ def gradient_moments(
 
     The S samples are cut into `groups` runs of S / groups neighbours (None: one sample each). Means and deviations are
     Welford's, deviations and all sums over weights in float64; output gradients and inputs are scaled by exact powers
-    of two on the way, so that gradients of 1e-30 neither underflow nor cost precision. The result has the same bits
-    whatever the number of threads.
+    of two on the way, so that gradients of 1e-30 neither underflow nor cost precision. Gradients are summed in float32;
+    in two or three groups, where one weight whose gradients nearly cancel can carry the sum of 1/sigma, those of
+    float32 and float16 are summed in float64, at half the rate. The result has the same bits whatever the number of
+    threads.
 
     Floor: 2 * S * T * O * I operations, those of the plain weight gradient, and one pass over the operands; nothing of
     size S * O * I is stored. A Zen 5 core reaches 155 to 190 GFLOP/s in float32 and 285 to 345 in bfloat16 on the
