@@ -288,6 +288,8 @@ def _sample_count(activation: Tensor, samples: int | None, first_sample: int) ->
 
 def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[Tensor, bool]:
     """Returns the words to write for samples up to `samples`, and whether they hold bits already."""
+    if words is not None and words.device != activation.device:
+        raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
     positions = activation[0].numel()
     rows = words_per_pattern(samples)
     if words is None:
@@ -298,8 +300,6 @@ def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[
             f"words must be contiguous int64 [W, P] with the activation's P = {positions}, "
             f"got {words.dtype} {list(words.shape)}"
         )
-    if words.device != activation.device:
-        raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
     if len(words) < rows:
         words = torch.cat([words, words.new_zeros(rows - len(words), positions)])
     return words, True

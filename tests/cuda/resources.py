@@ -1,7 +1,7 @@
 """What every CUDA C++ kernel becomes on sm_80 and sm_90a, compiled ahead of time: no GPU is needed.
 
-Also makes the PTX of compute_80 and compute_90, which newer devices compile for themselves. Prints the table as JSON, or, with
---write, writes it to resources.json, which the tests compare with a fresh one.
+Also makes the PTX of compute_80 and compute_90, which newer devices compile for themselves. Prints the table as JSON;
+with --write, writes it to resources.json instead, which the tests compare with a fresh one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def compiled(source: Path, folder: Path) -> str:
     output = folder / f"{source.stem}.fatbin"
     command = [compiler, *options, *targets, *includes, *warnings, "-o", str(output), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0 and output.stat().st_size > 0, run.stderr
+    assert run.returncode == 0, run.stderr
+    assert output.stat().st_size > 0
     return run.stderr + run.stdout
 
 

@@ -11,7 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("resources.py")
 _specification = importlib.util.spec_from_file_location("cuda_resources", SCRIPT)
-assert _specification is not None and _specification.loader is not None
+assert _specification is not None
+assert _specification.loader is not None
 resources = importlib.util.module_from_spec(_specification)
 _specification.loader.exec_module(resources)
 
