@@ -4,8 +4,8 @@ A pattern belongs to one neuron (one position of one activation): S bits, bit n 
 of distinct patterns is Psi of L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equation 7); the agreements of samples are
 the kernel matrix of NWOT (Mellor et al., ICML 2021).
 
-On the CPU they are C++, on a CUDA device CUDA C++, put on torch's current stream of that device; there only what returns
-numbers of Python waits for them, and everything else can be captured in a CUDA graph.
+Tensors on the CPU are taken by C++, those on a CUDA device by CUDA C++ on torch's current stream there. Only a function
+that returns Python's numbers waits for the device; the others can be captured in a CUDA graph.
 
 Packed words are int64 [W, P]: W = ceil(S / 64) rows, P positions in the row-major order of the activation's shape
 without its sample axis, whatever its strides. Bit n % 64 of row n // 64 is sample n's.
@@ -264,8 +264,8 @@ def _check_device(device: torch.device, name: str) -> None:
         raise InputError(f"{name} must be on the CPU or on a CUDA device, got {device}")
     if kernels == "cuda" and not _C.cuda_kernels():
         raise InputError(
-            f"{name} is on {device}, but this build holds no CUDA kernels; install lswag_fast again where nvcc is found, "
-            "or move the tensor to the CPU"
+            f"{name} is on {device}, but this build holds no CUDA kernels; install lswag_fast again where nvcc is "
+            "found, or move the tensor to the CPU"
         )
 
 
@@ -288,6 +288,8 @@ def _sample_count(activation: Tensor, samples: int | None, first_sample: int) ->
 
 def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[Tensor, bool]:
     """Returns the words to write for samples up to `samples`, and whether they hold bits already."""
+    if words is not None and words.device != activation.device:
+        raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
     positions = activation[0].numel()
     rows = words_per_pattern(samples)
     if words is None:
@@ -298,8 +300,6 @@ def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[
             f"words must be contiguous int64 [W, P] with the activation's P = {positions}, "
             f"got {words.dtype} {list(words.shape)}"
         )
-    if words.device != activation.device:
-        raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
     if len(words) < rows:
         words = torch.cat([words, words.new_zeros(rows - len(words), positions)])
     return words, True

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lswag_fast import _C, InputError, reference
@@ -291,6 +292,65 @@ def test_numpy_arrays_are_read():
 def test_bad_input_is_refused_in_words(call, words: str):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_a_device_without_kernels_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_C, "cuda_kernels", lambda: False)
+    with FakeTensorMode():
+        activation, words = torch.zeros(3, 2, device="cuda"), torch.zeros(1, 3, dtype=torch.int64, device="cuda")
+        with pytest.raises(InputError, match=r"activation is on cuda:0, but this build holds no CUDA kernels; install"):
+            ap.pack_signs(activation)
+        with pytest.raises(InputError, match=r"words\[0\] is on cuda:0, .* or move the tensor to the CPU"):
+            ap.count_patterns([words], 5)
+
+
+def test_tensors_on_several_devices_are_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_C, "cuda_kernels", lambda: True)
+    with FakeTensorMode():
+        here, there = (torch.zeros(1, 2, dtype=torch.int64, device=device) for device in ("cpu", "cuda"))
+        with pytest.raises(InputError, match="on one device, got cpu and cuda:0"):
+            ap.hamming_kernel([here, there], 5)
+        with pytest.raises(InputError, match="on the activation's device cuda:0, got cpu"):
+            ap.pack_signs(torch.zeros(3, 2, device="cuda"), words=here)
+
+
+class Elsewhere:
+    """An array that says it lies on a CUDA device of some number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.number
+
+    def __dlpack__(self, **_: object) -> object:
+        return torch.zeros(3, 2).__dlpack__()
+
+
+def test_cuda_kernels_refuse_what_lies_elsewhere():
+    words = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="read tensors on a CUDA device, got DLPack device type 1"):
+        _C.cuda_count_patterns([words], 5, words, words, 0)
+    with pytest.raises(ValueError, match="read tensors on a CUDA device, got DLPack device type 1"):
+        _C.cuda_pack_signs(Elsewhere(0), None, words, 0, 0, 3, False, 0)
+
+
+def test_too_many_positions_for_one_count_are_refused():
+    if not _C.cuda_kernels():
+        with pytest.raises(ValueError, match="holds no CUDA kernels"):
+            _C.cuda_count_workspace([5])
+        return
+    assert _C.cuda_count_workspace([5, 0, 1025]) >= 2 * 3 * 1024
+    with pytest.raises(ValueError, match="fewer than 2\\^31 positions can be counted"):
+        _C.cuda_count_workspace([2**30, 2**30])
+
+
+def test_counts_as_a_tensor_are_those_of_the_counts():
+    words = [ap.pack_signs(torch.randn(20, 90)) for _ in range(3)]
+    counts = ap.count_patterns(words, 20)
+    assert ap.count_patterns_device(words, 20).tolist() == [counts.union, *counts.per_layer]
+    with pytest.raises(InputError, match="at least one"):
+        ap.count_patterns_device([], 20)
 
 
 def test_kernels_check_the_memory_they_are_given():

@@ -1,0 +1,40 @@
+"""Registers, spills and shared memory of every CUDA C++ kernel, compiled without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("resources.py")
+_specification = importlib.util.spec_from_file_location("cuda_resources", SCRIPT)
+assert _specification is not None
+assert _specification.loader is not None
+resources = importlib.util.module_from_spec(_specification)
+_specification.loader.exec_module(resources)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    if resources.nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    found: dict[str, Any] = resources.table()
+    return found
+
+
+def test_no_kernel_spills_and_four_blocks_share_a_multiprocessor(compiled: dict[str, Any]) -> None:
+    assert len(compiled["rows"]) > 20
+    for name, row in compiled["rows"].items():
+        assert row["stack_bytes"] == row["spill_bytes"] == 0, name
+        # An sm_80 multiprocessor has 164 KB, of which a block takes 1 KB more than it asks for.
+        assert 4 * (row["shared_bytes"] + 1024) <= 164 * 1024, name
+
+
+def test_the_committed_table_is_what_the_kernels_compile_to(compiled: dict[str, Any]) -> None:
+    committed = json.loads(SCRIPT.with_suffix(".json").read_text())
+    if compiled["nvcc"] != committed["nvcc"]:
+        pytest.skip(f"the table was made with nvcc {committed['nvcc']}, this is {compiled['nvcc']}")
+    assert compiled == committed, "python tests/cuda/resources.py --write makes the table anew"
