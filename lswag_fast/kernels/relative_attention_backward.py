@@ -9,7 +9,7 @@ AutoFormer-Tiny (T = 197, D = 64, 30 table rows), a (sample, head): seven produc
 products of T*T*(32 * 6) (14.9), the tables' 6; padded to 224 x 256 tokens, 74. 101 kB of qkv and output, as much of
 gradients, and 38 to 76 kB of places written and read are moved. At 788 TFLOP/s and 4.3 TB/s: 0.094 and 0.07 us; S = 64
 with 4 heads has a floor of 24 us a layer. One launch that keeps all of it would do five products instead of seven, but
-have S * heads programs instead of four to seven times as many, and add dQ up in memory.
+have S * heads programs instead of four times as many, and add dQ up in memory.
 
 The tiles are the largest without spills beside what the tables need: 64 queries for wgmma (four warps of 16 rows), and
 half of that where places take 32 columns instead of 16, beyond 15 x 15 patches.
