@@ -9,7 +9,10 @@ AutoFormer-Tiny (T = 197, D = 64, 30 table rows), a (sample, head): seven produc
 products of T*T*(32 * 6) (14.9), the tables' 6; padded to 224 x 256 tokens, 74. 101 kB of qkv and output, as much of
 gradients, and 38 to 76 kB of places written and read are moved. At 788 TFLOP/s and 4.3 TB/s: 0.094 and 0.07 us; S = 64
 with 4 heads has a floor of 24 us a layer. One launch that keeps all of it would do five products instead of seven, but
-have S * heads programs instead of four to seven times as many, and add dQ up in memory.
+have S * heads programs instead of four times as many, and add dQ up in memory.
+
+The tiles are the largest without spills beside what the tables need: 64 queries for wgmma (four warps of 16 rows), and
+half of that where places take 32 columns instead of 16, beyond 15 x 15 patches.
 
 The probabilities are rounded to the operands' dtype before a product, as are the gradients of the scores: in float16
 that takes gradients that are not below 1e-4 or so, which bfloat16 does not ask for.
@@ -175,8 +178,7 @@ def keys_kernel(
         query = first + tl.arange(0, BM)
         q = load_tokens(base, query, token_stride, T, D)
         d_out = load_tokens(start, query, heads * D, T, D)
-        # Of a query past the last one every probability is 2^-inf.
-        log_sum = tl.load(softmax + rows + query, mask=query < T, other=float("inf"))
+        log_sum = tl.load(softmax + rows + query, mask=query < T, other=0.0)
         drop = tl.load(delta + rows + query, mask=query < T, other=0.0)
         place = of_places + rows * (6 * PLACES)
         bias = load_tokens(place, query, 6 * PLACES, T, 2 * PLACES)
@@ -201,16 +203,19 @@ def keys_kernel(
 
 def queries_blocks(dtype: torch.dtype, places: int) -> dict[str, int]:
     """Returns the tile of the pass over queries, and its warps and stages."""
+    small = places == 16
     if dtype == torch.float32:
-        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-    return {"BM": 64 if places == 16 else 32, "BN": 32, "num_warps": 4, "num_stages": 3 if places == 16 else 2}
+        return {"BM": 32, "BN": 32 if small else 16, "num_warps": 8, "num_stages": 1}
+    return {"BM": 64 if small else 32, "BN": 32, "num_warps": 4, "num_stages": 3 if small else 2}
 
 
 def keys_blocks(dtype: torch.dtype, places: int) -> dict[str, int]:
     """Returns the tile of the pass over keys, and its warps and stages."""
+    small = places == 16
     if dtype == torch.float32:
-        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-    block = 64 if places == 16 else 32
+        block = 32 if small else 16
+        return {"BM": block, "BN": block, "num_warps": 8, "num_stages": 1}
+    block = 64 if small else 32
     return {"BM": block, "BN": block, "num_warps": 4, "num_stages": 2}
 
 
