@@ -12,7 +12,7 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -99,10 +99,13 @@ def launch(weights: Sequence[Weight], *, every_element: bool = False) -> Launche
 
     Raises InputError for a tensor with an element 2^31 or more away from its sample's first, or such a weight.
     """
-    device = weights[0].inputs[0].device
     for weight in weights:
         _check_extent(weight)
-    plans = _plans(weights, _architecture(device))
+    return _start(weights, _plans(weights, _architecture(weights[0].inputs[0].device)), every_element=every_element)
+
+
+def _start(weights: Sequence[Weight], plans: Sequence[_Plan], *, every_element: bool) -> Launched:
+    device = weights[0].inputs[0].device
     table, pieces, seen = _table(weights, plans, every_element)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if device.type == "cuda":
@@ -359,3 +362,20 @@ def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: to
             num_stages=tile.stages,
         )
         first_tile = plan.end_tile
+
+
+def time_tiles(weights: Sequence[Weight], tiles: Sequence[Tile]) -> dict[Tile, float]:
+    """Returns the median milliseconds of a launch with each tile, for weights that all take the same kernel.
+
+    For choosing the tables of gradient_moments_tiles.py on a new device; nothing calls it while scoring.
+    """
+    from triton.testing import do_bench
+
+    times = {}
+    for tile in tiles:
+        plans = _plans(weights, _architecture(weights[0].inputs[0].device))
+        if len(plans) > 1:
+            raise InputError(f"expected weights that take one kernel, got {[plan.form for plan in plans]}")
+        plans[0].tile = tile
+        times[tile] = do_bench(partial(_start, weights, plans, every_element=False), return_mode="median")
+    return times
