@@ -102,7 +102,7 @@ OPERAND_FIELDS = tl.constexpr(16)
 """A row an operand, as four sizes and strides."""
 SUMS = tl.constexpr(5)
 RESULTS = tl.constexpr(8)
-MAGNITUDE_BLOCK = 2048
+MAGNITUDE_BLOCK = {"LINES": 16, "COLUMNS": 128}
 SUMS_BLOCK = 256
 DEAD_SQUARED = tl.constexpr(2.0**-44)
 SCALED_EXPONENT = tl.constexpr(24)
@@ -111,8 +111,8 @@ SCALED_EXPONENT = tl.constexpr(24)
 
 
 @triton.jit
-def largest_magnitudes(operands, magnitudes, SOURCE: tl.constexpr, BLOCK: tl.constexpr):
-    """Raises the int32 at magnitudes[slot] to the bits of the largest |x| on every `every`th line of an operand.
+def largest_magnitudes(operands, magnitudes, SOURCE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Raises the int32 at magnitudes[slot] to the bits of the largest |x| on one of `every` lines of an operand.
 
     Bits of magnitudes are ordered as the magnitudes are, so an integer maximum does, and it has one result whatever
     the order. Infinity and NaN lie above all numbers.
@@ -122,23 +122,26 @@ def largest_magnitudes(operands, magnitudes, SOURCE: tl.constexpr, BLOCK: tl.con
     size_1 = tl.load(row + SIZE_1)
     size_2 = tl.load(row + SIZE_2)
     size_3 = tl.load(row + SIZE_3)
+    step_3 = tl.load(row + STEP_3)
     every = tl.load(row + EVERY)
-    count = (tl.load(row + SIZE_0) * size_1 * size_2 + every - 1) // every * size_3
-    largest = tl.zeros((BLOCK,), tl.int32)
-    begin = tl.program_id(1).to(tl.int64) * BLOCK
-    while begin < count:
-        index = begin + tl.arange(0, BLOCK)
-        line = index // size_3 * every
+    end = tl.load(row + SIZE_0) * size_1 * size_2
+    lines = (end + every - 1) // every
+    largest = tl.zeros((LINES, COLUMNS), tl.int32)
+    begin = tl.program_id(1).to(tl.int64) * LINES
+    while begin < lines:
+        number = begin + tl.arange(0, LINES)
+        # One line of each `every`, at a place that varies: the same token of every sample may be a special one, such as
+        # a class token without gradient.
+        line = tl.minimum(number * every + ((number * 2654435761) >> 8) % every, end - 1)
         plane = line // size_2
-        place = (
-            plane // size_1 * tl.load(row + STEP_0)
-            + plane % size_1 * tl.load(row + STEP_1)
-            + line % size_2 * tl.load(row + STEP_2)
-            + index % size_3 * tl.load(row + STEP_3)
-        )
-        x = tl.load(source + place, mask=index < count, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        begin += tl.num_programs(1).to(tl.int64) * BLOCK
+        place = plane // size_1 * tl.load(row + STEP_0) + plane % size_1 * tl.load(row + STEP_1)
+        place += line % size_2 * tl.load(row + STEP_2)
+        for first in range(0, size_3.to(tl.int32), COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            live = (number < lines)[:, None] & (column < size_3)[None, :]
+            x = tl.load(source + (place[:, None] + column[None, :] * step_3), mask=live, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        begin += tl.num_programs(1).to(tl.int64) * LINES
     tl.atomic_max(magnitudes + tl.load(row + MAGNITUDE), tl.max(largest), sem="relaxed")
 
 
@@ -455,7 +458,7 @@ def variants() -> Iterator[Variant]:
         "gradient_moments magnitudes bf16",
         largest_magnitudes,
         {"operands": "*i64:16", "magnitudes": "*i32:16"},
-        {"SOURCE": half, "BLOCK": MAGNITUDE_BLOCK},
+        {"SOURCE": half, **MAGNITUDE_BLOCK},
         warps=4,
         stages=3,
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -25,7 +26,8 @@ from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, tile_for
 
 FEW_GROUPS = 3
 SAMPLED_ELEMENTS = 1 << 16
-SAMPLED_SHARE = 32
+"""Of an operand, for its scale: 0.1 to 2 % of what the moments read."""
+MAGNITUDE_PROGRAMS = 8
 _LIMIT = 2**31
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -95,7 +97,7 @@ class Launched:
 def launch(weights: Sequence[Weight], *, every_element: bool = False) -> Launched:
     """Starts the kernels on the current stream of the weights' device, without waiting for them.
 
-    `every_element` looks at all elements for the scales, rather than at one line in up to 32.
+    `every_element` looks at all elements for the scales, rather than at lines of SAMPLED_ELEMENTS.
 
     Raises InputError for a tensor with an element 2^31 or more away from its sample's first, or such a weight.
     """
@@ -232,7 +234,7 @@ def _table(
             ends.append(tiles)
         plan.end_tile = tiles
     for slot, side, tensor in _operands(weights):
-        every = 1 if every_element else min(SAMPLED_SHARE, max(1, tensor.numel() // SAMPLED_ELEMENTS))
+        every = 1 if every_element else max(1, tensor.numel() // SAMPLED_ELEMENTS)
         seen[slot] = seen[slot] and every == 1
         operands.extend(_operand(tensor, every, 2 * slot + side))
     pieces, numbers = [], array("q")
@@ -304,12 +306,14 @@ def _uses(weight: Weight, form: _Form) -> list[int]:
     return numbers
 
 
-def _operands(weights: Sequence[Weight]) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields every operand with its weight's number and its side, those of one type together."""
-    for dtype in _TYPES:
-        for slot, weight in enumerate(weights):
-            for side, tensors in enumerate((weight.inputs, weight.output_grads)):
-                yield from ((slot, side, tensor) for tensor in tensors if tensor.dtype == dtype)
+def _operands(weights: Sequence[Weight]) -> list[tuple[int, int, Tensor]]:
+    """Returns every operand with its weight's number and its side, those of one type together."""
+    by_type: dict[torch.dtype, list[tuple[int, int, Tensor]]] = {dtype: [] for dtype in _TYPES}
+    for slot, weight in enumerate(weights):
+        for side, tensors in enumerate((weight.inputs, weight.output_grads)):
+            for tensor in tensors:
+                by_type[tensor.dtype].append((slot, side, tensor))
+    return [operand for operands in by_type.values() for operand in operands]
 
 
 def _operand(tensor: Tensor, every: int, magnitude: int) -> list[int]:
@@ -320,22 +324,22 @@ def _operand(tensor: Tensor, every: int, magnitude: int) -> list[int]:
 
 
 def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Tensor) -> None:
-    tensors = [tensor for _, _, tensor in _operands(weights)]
+    counts = Counter(t.dtype for w in weights for t in (*w.inputs, *w.output_grads))
+    interpreted = not operands.is_cuda
     begin = 0
     for dtype, source in _TYPES.items():
-        sizes = [tensor.numel() for tensor in tensors if tensor.dtype == dtype]
-        if not sizes:
+        count = counts[dtype]
+        if not count:
             continue
-        split = min(32, -(-max(sizes) // (64 * kernels.MAGNITUDE_BLOCK)))
         fields = kernels.OPERAND_FIELDS.value
-        kernels.largest_magnitudes[(len(sizes), split)](
+        kernels.largest_magnitudes[(count, 1 if interpreted else MAGNITUDE_PROGRAMS)](
             operands[begin * fields :],
             magnitudes,
             SOURCE=source,
-            BLOCK=kernels.MAGNITUDE_BLOCK,
+            **kernels.MAGNITUDE_BLOCK,
             num_warps=4,
         )
-        begin += len(sizes)
+        begin += count
 
 
 def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: torch.device) -> None:
