@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from . import gradient_moments as kernels
 from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, tile_for
+from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of
 
 FEW_GROUPS = 3
 SAMPLED_ELEMENTS = 1 << 16
@@ -120,9 +121,7 @@ def _start(weights: Sequence[Weight], plans: Sequence[_Plan], *, every_element: 
         results = torch.empty(len(weights), 8, dtype=torch.float64, device=device)
         _find_magnitudes(weights, operands, magnitudes)
         _work_through(plans, (problems, uses, ends, magnitudes, partials), device)
-        kernels.sums_of_tiles[(len(weights),)](
-            problems, magnitudes, partials, results, BLOCK=kernels.SUMS_BLOCK, num_warps=4
-        )
+        kernels.sums_of_tiles[(len(weights),)](problems, magnitudes, partials, results, BLOCK=SUMS_BLOCK, num_warps=4)
     return Launched(results, weights, seen, (table, on_device, partials))
 
 
@@ -336,7 +335,7 @@ def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Te
             operands[begin * fields :],
             magnitudes,
             SOURCE=source,
-            **kernels.MAGNITUDE_BLOCK,
+            **MAGNITUDE_BLOCK,
             num_warps=4,
         )
         begin += count
@@ -348,7 +347,7 @@ def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: to
     for plan in plans:
         form, tile = plan.form, plan.tile
         source = _TYPES[form.a_type]
-        options: dict[str, Any] = kernels.constants_of(
+        options: dict[str, Any] = constants_of(
             tile, form.kind, source, maps=form.maps, interpreted=device.type == "cpu"
         )
         if form.windows:
