@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 STORE ?= demo.db
+CUDA_ARCHITECTURES ?= 90a
 BIN := $(VENV)/bin
 CONSTRAINED := $(BIN)/pip install -q -c constraints.txt
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -32,8 +33,12 @@ sanitize: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
 
-bench-gpu: $(VENV)/.bench
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --device cuda
+# On a machine with a GPU, also offline: the packages of its own Python, and a build for its architecture alone.
+bench-gpu:
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target build/gpu . \
+	    -C cmake.define.LSWAG_CUDA=on -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) \
+	    -C build-dir=build/gpu-objects
+	PYTHONPATH=build/gpu $(PYTHON) bench/gpu.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -12,8 +12,9 @@ Floor: the larger of the FLOP time and of the time of S * T * (O + I) elements. 
 
 Why these tiles: a weight has three float32 values in registers for as long as its tile is worked on (g, mean, squared
 deviations), so 128 x 128 in 8 warps takes 192 of the 255 a thread may have, and nothing larger fits. Its intensity is
-64 FLOP for each byte that enters shared memory. What else keeps registers within bounds, seen in ahead-of-time
-compilation for sm_90 (all of it in tests/kernels/resources.json):
+64 FLOP for each byte that enters shared memory, so the L2 cache and not the matrix unit may well set the pace on an
+H200; no time has been measured yet. What else keeps registers within bounds, seen in ahead-of-time compilation for
+sm_90 (all of it in tests/kernels/resources.json):
 
 - one flat loop over (sample, chunk of rows) whose `if` ends a group, not two nested loops: 20 to 50 fewer;
 - pointers that step by 32-bit amounts, not products of 64-bit strides, which live in registers as they come from a
@@ -30,13 +31,8 @@ needs d and a with rows of a sample innermost, so it copies 4 bytes at a time th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
-
-from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, TILES, Tile, tile_for
-from .variant import Variant
 
 PROBLEM_FIELDS = tl.constexpr(24)
 USE_FIELDS = tl.constexpr(16)
@@ -102,8 +98,6 @@ OPERAND_FIELDS = tl.constexpr(16)
 """A row an operand, as four sizes and strides."""
 SUMS = tl.constexpr(5)
 RESULTS = tl.constexpr(8)
-MAGNITUDE_BLOCK = 2048
-SUMS_BLOCK = 256
 DEAD_SQUARED = tl.constexpr(2.0**-44)
 SCALED_EXPONENT = tl.constexpr(24)
 """Of the largest |a| times the largest |d|: sums of 2^30 of these products and their squares stay finite, and a sigma
@@ -111,8 +105,8 @@ SCALED_EXPONENT = tl.constexpr(24)
 
 
 @triton.jit
-def largest_magnitudes(operands, magnitudes, SOURCE: tl.constexpr, BLOCK: tl.constexpr):
-    """Raises the int32 at magnitudes[slot] to the bits of the largest |x| on every `every`th line of an operand.
+def largest_magnitudes(operands, magnitudes, SOURCE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Raises the int32 at magnitudes[slot] to the bits of the largest |x| on one of `every` lines of an operand.
 
     Bits of magnitudes are ordered as the magnitudes are, so an integer maximum does, and it has one result whatever
     the order. Infinity and NaN lie above all numbers.
@@ -122,23 +116,26 @@ def largest_magnitudes(operands, magnitudes, SOURCE: tl.constexpr, BLOCK: tl.con
     size_1 = tl.load(row + SIZE_1)
     size_2 = tl.load(row + SIZE_2)
     size_3 = tl.load(row + SIZE_3)
+    step_3 = tl.load(row + STEP_3)
     every = tl.load(row + EVERY)
-    count = (tl.load(row + SIZE_0) * size_1 * size_2 + every - 1) // every * size_3
-    largest = tl.zeros((BLOCK,), tl.int32)
-    begin = tl.program_id(1).to(tl.int64) * BLOCK
-    while begin < count:
-        index = begin + tl.arange(0, BLOCK)
-        line = index // size_3 * every
+    end = tl.load(row + SIZE_0) * size_1 * size_2
+    lines = (end + every - 1) // every
+    largest = tl.zeros((LINES, COLUMNS), tl.int32)
+    begin = tl.program_id(1).to(tl.int64) * LINES
+    while begin < lines:
+        number = begin + tl.arange(0, LINES)
+        # One line of each `every`, at a place that varies: the same token of every sample may be a special one, such as
+        # a class token without gradient.
+        line = tl.minimum(number * every + ((number * 2654435761) >> 8) % every, end - 1)
         plane = line // size_2
-        place = (
-            plane // size_1 * tl.load(row + STEP_0)
-            + plane % size_1 * tl.load(row + STEP_1)
-            + line % size_2 * tl.load(row + STEP_2)
-            + index % size_3 * tl.load(row + STEP_3)
-        )
-        x = tl.load(source + place, mask=index < count, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        begin += tl.num_programs(1).to(tl.int64) * BLOCK
+        place = plane // size_1 * tl.load(row + STEP_0) + plane % size_1 * tl.load(row + STEP_1)
+        place += line % size_2 * tl.load(row + STEP_2)
+        for first in range(0, size_3.to(tl.int32), COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            live = (number < lines)[:, None] & (column < size_3)[None, :]
+            x = tl.load(source + (place[:, None] + column[None, :] * step_3), mask=live, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        begin += tl.num_programs(1).to(tl.int64) * LINES
     tl.atomic_max(magnitudes + tl.load(row + MAGNITUDE), tl.max(largest), sem="relaxed")
 
 
@@ -391,89 +388,3 @@ def sums_of_tiles(problems, magnitudes, partials, results, BLOCK: tl.constexpr):
     tl.store(results + slot * RESULTS + 5, _scale_exponent(magnitudes, slot).to(tl.float64))
     tl.store(results + slot * RESULTS + 6, tl.load(magnitudes + 2 * slot).to(tl.float64))
     tl.store(results + slot * RESULTS + 7, tl.load(magnitudes + 2 * slot + 1).to(tl.float64))
-
-
-_POINTERS = {
-    "problems": "*i64:16",
-    "uses": "*i64:16",
-    "ends": "*i64:16",
-    "magnitudes": "*i32:16",
-    "partials": "*fp64:16",
-    "problem_count": "i32",
-    "first_tile": "i32",
-    "end_tile": "i32",
-}
-
-
-def variants() -> Iterator[Variant]:
-    """The launches that `gradient_moments_launch` makes: aligned and odd widths, windows, and the small kernels."""
-    half, single = tl.bfloat16, tl.float32
-    for architecture in TILES:
-        for name, source, kind, unit in (
-            ("bf16", half, HALF, 8),
-            ("fp16", tl.float16, HALF, 8),
-            ("bf16, widths divisible by 4", half, HALF, 4),
-            ("bf16, odd widths", half, HALF, 1),
-            ("tf32", single, TF32, 4),
-            ("float32", single, IEEE, 4),
-            ("float32, sums in float64", single, FLOAT64, 4),
-        ):
-            tile = tile_for(architecture, kind, windows=False, unit=unit)
-            constants = constants_of(tile, kind, source, maps=False)
-            yield Variant(
-                f"gradient_moments {name} {tile.rows}x{tile.columns}x{tile.chunk}",
-                moments_of_tiles,
-                _POINTERS,
-                {**constants, "SOURCE": source, "UNIT": unit},
-                tile.warps,
-                tile.stages,
-                matrix=kind in (HALF, TF32),
-                pipelined=unit > 1,
-                architectures=(architecture,),
-            )
-    for name, source, kind in (("bf16", half, HALF), ("tf32", single, TF32), ("float32", single, IEEE)):
-        tile = tile_for(90, kind, windows=True, unit=1)
-        constants = constants_of(tile, kind, source, maps=False)
-        yield Variant(
-            f"gradient_moments windows {name} {tile.rows}x{tile.columns}x{tile.chunk}",
-            moments_of_windows,
-            _POINTERS,
-            {**constants, "A_SOURCE": source, "D_SOURCE": source},
-            tile.warps,
-            tile.stages,
-            matrix=kind != IEEE,
-        )
-    yield Variant(
-        "gradient_moments magnitudes bf16",
-        largest_magnitudes,
-        {"operands": "*i64:16", "magnitudes": "*i32:16"},
-        {"SOURCE": half, "BLOCK": MAGNITUDE_BLOCK},
-        warps=4,
-        stages=3,
-    )
-    yield Variant(
-        "gradient_moments sums",
-        sums_of_tiles,
-        {"problems": "*i64:16", "magnitudes": "*i32:16", "partials": "*fp64:16", "results": "*fp64:16"},
-        {"BLOCK": SUMS_BLOCK},
-        warps=4,
-        stages=3,
-    )
-
-
-def constants_of(
-    tile: Tile, kind: str, source: tl.dtype, *, maps: bool, interpreted: bool = False
-) -> dict[str, object]:
-    """Returns the constants that both kernels over tiles take, for operands of `source`."""
-    # The interpreter multiplies the bits of bfloat16 numbers as integers; their products are exact in float32.
-    half = tl.float32 if interpreted and source == tl.bfloat16 else source
-    return {
-        "COMPUTE": {HALF: half, FLOAT64: tl.float64}.get(kind, tl.float32),
-        "REAL": tl.float64 if kind == FLOAT64 else tl.float32,
-        "PRECISION": "tf32" if kind == TF32 else "ieee",
-        "BO": tile.rows,
-        "BI": tile.columns,
-        "BT": tile.chunk,
-        "MAPS": maps,
-        "INTERPRETED": interpreted,
-    }

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor
 from ..errors import InputError
 from . import gradient_moments as kernels
 from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, tile_for
+from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of
 
 FEW_GROUPS = 3
 SAMPLED_ELEMENTS = 1 << 16
-SAMPLED_SHARE = 32
+"""Of an operand, for its scale: 0.1 to 2 % of what the moments read."""
+MAGNITUDE_PROGRAMS = 8
 _LIMIT = 2**31
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -95,14 +98,17 @@ class Launched:
 def launch(weights: Sequence[Weight], *, every_element: bool = False) -> Launched:
     """Starts the kernels on the current stream of the weights' device, without waiting for them.
 
-    `every_element` looks at all elements for the scales, rather than at one line in up to 32.
+    `every_element` looks at all elements for the scales, rather than at lines of SAMPLED_ELEMENTS.
 
     Raises InputError for a tensor with an element 2^31 or more away from its sample's first, or such a weight.
     """
-    device = weights[0].inputs[0].device
     for weight in weights:
         _check_extent(weight)
-    plans = _plans(weights, _architecture(device))
+    return _start(weights, _plans(weights, _architecture(weights[0].inputs[0].device)), every_element=every_element)
+
+
+def _start(weights: Sequence[Weight], plans: Sequence[_Plan], *, every_element: bool) -> Launched:
+    device = weights[0].inputs[0].device
     table, pieces, seen = _table(weights, plans, every_element)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if device.type == "cuda":
@@ -115,9 +121,7 @@ def launch(weights: Sequence[Weight], *, every_element: bool = False) -> Launche
         results = torch.empty(len(weights), 8, dtype=torch.float64, device=device)
         _find_magnitudes(weights, operands, magnitudes)
         _work_through(plans, (problems, uses, ends, magnitudes, partials), device)
-        kernels.sums_of_tiles[(len(weights),)](
-            problems, magnitudes, partials, results, BLOCK=kernels.SUMS_BLOCK, num_warps=4
-        )
+        kernels.sums_of_tiles[(len(weights),)](problems, magnitudes, partials, results, BLOCK=SUMS_BLOCK, num_warps=4)
     return Launched(results, weights, seen, (table, on_device, partials))
 
 
@@ -229,7 +233,7 @@ def _table(
             ends.append(tiles)
         plan.end_tile = tiles
     for slot, side, tensor in _operands(weights):
-        every = 1 if every_element else min(SAMPLED_SHARE, max(1, tensor.numel() // SAMPLED_ELEMENTS))
+        every = 1 if every_element else max(1, tensor.numel() // SAMPLED_ELEMENTS)
         seen[slot] = seen[slot] and every == 1
         operands.extend(_operand(tensor, every, 2 * slot + side))
     pieces, numbers = [], array("q")
@@ -301,12 +305,14 @@ def _uses(weight: Weight, form: _Form) -> list[int]:
     return numbers
 
 
-def _operands(weights: Sequence[Weight]) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields every operand with its weight's number and its side, those of one type together."""
-    for dtype in _TYPES:
-        for slot, weight in enumerate(weights):
-            for side, tensors in enumerate((weight.inputs, weight.output_grads)):
-                yield from ((slot, side, tensor) for tensor in tensors if tensor.dtype == dtype)
+def _operands(weights: Sequence[Weight]) -> list[tuple[int, int, Tensor]]:
+    """Returns every operand with its weight's number and its side, those of one type together."""
+    by_type: dict[torch.dtype, list[tuple[int, int, Tensor]]] = {dtype: [] for dtype in _TYPES}
+    for slot, weight in enumerate(weights):
+        for side, tensors in enumerate((weight.inputs, weight.output_grads)):
+            for tensor in tensors:
+                by_type[tensor.dtype].append((slot, side, tensor))
+    return [operand for operands in by_type.values() for operand in operands]
 
 
 def _operand(tensor: Tensor, every: int, magnitude: int) -> list[int]:
@@ -317,22 +323,22 @@ def _operand(tensor: Tensor, every: int, magnitude: int) -> list[int]:
 
 
 def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Tensor) -> None:
-    tensors = [tensor for _, _, tensor in _operands(weights)]
+    counts = Counter(t.dtype for w in weights for t in (*w.inputs, *w.output_grads))
+    interpreted = not operands.is_cuda
     begin = 0
     for dtype, source in _TYPES.items():
-        sizes = [tensor.numel() for tensor in tensors if tensor.dtype == dtype]
-        if not sizes:
+        count = counts[dtype]
+        if not count:
             continue
-        split = min(32, -(-max(sizes) // (64 * kernels.MAGNITUDE_BLOCK)))
         fields = kernels.OPERAND_FIELDS.value
-        kernels.largest_magnitudes[(len(sizes), split)](
+        kernels.largest_magnitudes[(count, 1 if interpreted else MAGNITUDE_PROGRAMS)](
             operands[begin * fields :],
             magnitudes,
             SOURCE=source,
-            BLOCK=kernels.MAGNITUDE_BLOCK,
+            **MAGNITUDE_BLOCK,
             num_warps=4,
         )
-        begin += len(sizes)
+        begin += count
 
 
 def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: torch.device) -> None:
@@ -341,7 +347,7 @@ def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: to
     for plan in plans:
         form, tile = plan.form, plan.tile
         source = _TYPES[form.a_type]
-        options: dict[str, Any] = kernels.constants_of(
+        options: dict[str, Any] = constants_of(
             tile, form.kind, source, maps=form.maps, interpreted=device.type == "cpu"
         )
         if form.windows:
@@ -359,3 +365,20 @@ def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: to
             num_stages=tile.stages,
         )
         first_tile = plan.end_tile
+
+
+def time_tiles(weights: Sequence[Weight], tiles: Sequence[Tile]) -> dict[Tile, float]:
+    """Returns the median milliseconds of a launch with each tile, for weights that all take the same kernel.
+
+    For choosing the tables of gradient_moments_tiles.py on a new device; nothing calls it while scoring.
+    """
+    from triton.testing import do_bench
+
+    times = {}
+    for tile in tiles:
+        plans = _plans(weights, _architecture(weights[0].inputs[0].device))
+        if len(plans) > 1:
+            raise InputError(f"expected weights that take one kernel, got {[plan.form for plan in plans]}")
+        plans[0].tile = tile
+        times[tile] = do_bench(partial(_start, weights, plans, every_element=False), return_mode="median")
+    return times

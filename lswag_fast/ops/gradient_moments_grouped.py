@@ -105,7 +105,9 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
             for p, (a, d, groups, _) in zip(problems, taken, strict=True)
         ]
         return PendingMoments([], done)
-    return PendingMoments([_problem(p, *found) for p, found in zip(problems, taken, strict=True)], [])
+    from ..kernels.gradient_moments_launch import Weight
+
+    return PendingMoments([_problem(Weight, p, *found) for p, found in zip(problems, taken, strict=True)], [])
 
 
 def gradient_moments_grouped(problems: Sequence[MomentProblem]) -> list[GradientMoments]:
@@ -124,16 +126,16 @@ def _certain(row: Sequence[float]) -> bool:
     return all(math.isfinite(s) for s in row[:5]) and all(0 < bits < _INFINITY_BITS for bits in row[6:8])
 
 
-def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor], groups: int, shape: tuple[int, ...]) -> _Problem:
-    from ..kernels.gradient_moments_launch import Weight
-
+def _problem(
+    make: type[Weight], problem: MomentProblem, a: list[Tensor], d: list[Tensor], groups: int, shape: tuple[int, ...]
+) -> _Problem:
     maps = [torch.empty(math.prod(shape), dtype=torch.float64, device=a[0].device) for _ in range(2 * problem.maps)]
     sigma, mean = maps or (None, None)
     c = problem.convolution
     if c is None or _is_linear(c, a, d):
         lines = [[_line(t, c) for t in tensors] for tensors in (a, d)]
-        return _Problem(Weight(lines[0], lines[1], groups, tf32=problem.tf32, sigma=sigma, mean=mean), shape)
-    weight = Weight(
+        return _Problem(make(lines[0], lines[1], groups, tf32=problem.tf32, sigma=sigma, mean=mean), shape)
+    weight = make(
         a, d, groups, c.kernel_size, c.stride, c.padding, c.dilation, c.groups, problem.tf32, sigma=sigma, mean=mean
     )
     return _Problem(weight, shape)
@@ -150,4 +152,8 @@ def _line(tensor: Tensor, convolution: Convolution | None) -> Tensor:
     """Returns [S, C, 1, T], a view wherever the tokens can be merged into one dimension."""
     if convolution is not None:
         return tensor.flatten(2).unsqueeze(2)
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).permute(0, 2, 1).unsqueeze(2)
+    if tensor.ndim != 3:
+        tensor = tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    # One view rather than two: a candidate has a hundred operands.
+    (samples, tokens, channels), (sample, token, channel) = tensor.shape, tensor.stride()
+    return tensor.as_strided((samples, channels, 1, tokens), (sample, channel, 0, token))

@@ -124,3 +124,38 @@ def test_extra_parameters_take_the_way_of_any_module(supernet: spaces.AutoFormer
     options = ScoreOptions(device="cpu", extra_parameters=["head.bias"]).resolved(SAMPLES)
     assert engine_for(supernet, images, None, None, options) is None
     assert engine_for(object(), images, None, None, ScoreOptions(device="cpu").resolved(SAMPLES)) is None
+
+
+def test_out_of_memory_is_met_with_less_at_a_time(
+    supernet: spaces.AutoFormerSupernet, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[bool] = []
+    launch = AutoFormerEngine.launch
+
+    def short_of_memory(self: AutoFormerEngine, arch: Any, *, at_once: bool = False) -> Any:
+        attempts.append(at_once)
+        if not at_once:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return launch(self, arch, at_once=at_once)
+
+    arch = next(SPACE.sample(1, seed=6))
+    expected = engine(supernet, images, dtype="float32").score(arch)
+    monkeypatch.setattr(AutoFormerEngine, "launch", short_of_memory)
+    assert engine(supernet, images, dtype="float32").score(arch).lswag == expected.lswag
+    assert attempts == [False, True]
+
+
+def test_a_candidate_that_never_fits_is_recorded(
+    supernet: spaces.AutoFormerSupernet, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    archs = list(SPACE.sample(2, seed=4))
+    with Scorer(SPACE, images, torch.arange(SAMPLES), supernet=supernet, device="cpu", dtype="float32") as scorer:
+        with monkeypatch.context() as broken:
+            broken.setattr(AutoFormerEngine, "launch", out_of_memory)
+            (failed,) = scorer.score(archs[:1])
+        (scored,) = scorer.score(archs[1:])
+    assert (failed.status, scored.status) == ("error", "ok")
+    assert "out of memory" in str(failed.error)

@@ -161,7 +161,7 @@ def test_a_scale_that_a_sample_of_elements_got_wrong_is_found_again(
 
     monkeypatch.setattr(launcher, "SAMPLED_ELEMENTS", 64)
     a, d = normal(0, 4, 33, 16).to(device), (normal(1, 4, 33, 16) * rest).to(device)
-    d[:, 30, :] = outlier * normal(2, 4, 16).to(device)
+    d[:, 10, :] = outlier * normal(2, 4, 16).to(device)
     assert not launch_gradient_moments([MomentProblem(a, d)])._launched.everything_seen[0]
     assert_holds(gradient_moments(a, d, maps=True), linear_gradients([a], [d], 4))
 

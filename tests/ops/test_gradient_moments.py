@@ -422,6 +422,25 @@ def test_gradients_that_come_one_by_one_give_the_same(
     assert moments.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=1e-12)
 
 
+def test_an_accumulator_on_a_device_gives_the_same() -> None:
+    gradients = [normal(n, 20, 30) for n in range(5)]
+    for gradient in gradients:
+        gradient[3, 4] = 0.5
+    on_cpu, on_device = MomentsAccumulator((20, 30)), MomentsAccumulator((20, 30))
+    state = torch.zeros(2, 20, 30, dtype=torch.float64)
+    for gradient in gradients:
+        on_cpu.add(gradient)
+        on_device._add_on_device(gradient.double().abs(), state)
+    expected, found = on_cpu.finish(maps=True), on_device._finish_on_device(state, maps=True)
+    assert found.dead == expected.dead == 1
+    assert found.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-12)
+    assert found.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=1e-12)
+    assert found.mean_abs_gradient == pytest.approx(expected.mean_abs_gradient, rel=1e-12)
+    assert found.maps is not None
+    assert expected.maps is not None
+    torch.testing.assert_close(found.maps.sigma, expected.maps.sigma, rtol=1e-12, atol=0)
+
+
 def test_an_accumulator_agrees_with_the_fused_form() -> None:
     a, d = normal(0, 6, 9, 30), normal(1, 6, 9, 20)
     accumulator = MomentsAccumulator((20, 30))

@@ -1,0 +1,141 @@
+"""The compiled Triton kernels at the layer sizes of AutoFormer, against float64 on the CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from lswag_fast import reference
+from lswag_fast.ops.gradient_moments import Convolution, GradientMoments
+from lswag_fast.ops.gradient_moments_grouped import MomentProblem, gradient_moments_grouped, launch_gradient_moments
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+
+TOKENS = 197
+LAYERS = [(576, 192), (192, 192), (756, 216), (216, 756), (840, 240), (240, 960), (960, 240)]
+"""[O, I] of the matrices of AutoFormer-Tiny's blocks; 756 is divisible by 4 only."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda")
+
+
+def fresh(*shape: int, dtype: torch.dtype, magnitude: float = 1.0) -> Tensor:
+    # From the system's entropy, not a seed: every run sees other numbers.
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "little"))
+    return (torch.randn(*shape, generator=generator) * magnitude).to(dtype)
+
+
+def poison() -> None:
+    """Fills the memory that the allocator hands out next with NaN."""
+    blocks = [torch.full((size,), math.nan, device=device()) for size in (2**8, 2**12, 2**16, 2**20, 2**24)]
+    del blocks
+
+
+def linear(
+    out: int, width: int, samples: int, dtype: torch.dtype, **options: object
+) -> tuple[Tensor, Tensor, MomentProblem]:
+    a, d = fresh(samples, TOKENS, width, dtype=dtype), fresh(samples, TOKENS, out, dtype=dtype, magnitude=1e-4)
+    # As the engine has it: columns of a wider supernet.
+    wide = torch.full((samples, TOKENS, width + 64), math.nan, dtype=dtype, device=device())
+    wide[..., :width] = a.to(device())
+    return a, d, MomentProblem(wide[..., :width], d.to(device()), **options)  # type: ignore[arg-type]
+
+
+def assert_holds(moments: GradientMoments, expected: reference.Moments, tolerance: float) -> None:
+    assert moments.numel == expected.numel
+    assert moments.dead == int(expected.dead.sum())
+    assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=tolerance)
+    assert moments.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=tolerance)
+    assert moments.mean_sigma == pytest.approx(expected.sigma.mean().item(), rel=tolerance)
+    assert moments.mean_abs_gradient == pytest.approx(expected.mean_abs.mean().item(), rel=tolerance)
+    if moments.maps is not None:
+        slack = tolerance * expected.mean_abs.max()
+        assert torch.all((moments.maps.sigma.cpu() - expected.sigma).abs() <= slack)
+        assert torch.all((moments.maps.mean_abs.cpu() - expected.mean_abs).abs() <= slack)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("samples", "groups"), [(16, 16), (16, 4)])
+def test_the_layers_of_autoformer_hold_to_float64(samples: int, groups: int, dtype: torch.dtype) -> None:
+    operands = [linear(out, width, samples, dtype, groups=groups, maps=True) for out, width in LAYERS]
+    poison()
+    for (a, d, _), moments in zip(operands, gradient_moments_grouped([p for *_, p in operands]), strict=True):
+        assert_holds(moments, reference.gradient_moments(a, d, groups), 1e-5)
+
+
+def test_tf32_holds_to_its_own_precision() -> None:
+    a, d, problem = linear(240, 960, 16, torch.float32, tf32=True)
+    assert_holds(gradient_moments_grouped([problem])[0], reference.gradient_moments(a, d, 16), 5e-3)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_few_groups_hold_weight_by_weight(groups: int) -> None:
+    a, d, problem = linear(240, 320, 6, torch.float32, groups=groups, maps=True)
+    moments = gradient_moments_grouped([problem])[0]
+    expected = reference.gradient_moments(a, d, groups)
+    assert moments.maps is not None
+    bound = 1e-5 * groups * expected.mean_abs
+    assert torch.all((moments.maps.sigma.cpu() - expected.sigma).abs() <= bound)
+    assert moments.dead == int(expected.dead.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_patch_embedding_holds_to_float64(dtype: torch.dtype) -> None:
+    a, d = fresh(8, 3, 224, 224, dtype=dtype), fresh(8, 240, 14, 14, dtype=dtype)
+    problem = MomentProblem(a.to(device()), d.to(device()), convolution=Convolution((16, 16), (16, 16)))
+    patches = a.unflatten(2, (14, 16)).unflatten(4, (14, 16)).permute(0, 2, 4, 1, 3, 5).reshape(8, 196, 768)
+    expected = reference.gradient_moments(patches, d.flatten(2).transpose(1, 2), 8)
+    assert_holds(gradient_moments_grouped([problem])[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e10])
+def test_magnitudes_neither_underflow_nor_overflow(magnitude: float) -> None:
+    a, d = fresh(8, TOKENS, 192, dtype=torch.bfloat16), fresh(8, TOKENS, 200, dtype=torch.bfloat16, magnitude=magnitude)
+    moments = gradient_moments_grouped([MomentProblem(a.to(device()), d.to(device()))])[0]
+    assert_holds(moments, reference.gradient_moments(a, d, 8), 1e-5)
+
+
+def test_equal_magnitudes_are_exactly_dead() -> None:
+    a = fresh(1, TOKENS, 192, dtype=torch.bfloat16).expand(8, -1, -1)
+    d = fresh(1, TOKENS, 200, dtype=torch.bfloat16) * torch.tensor([1, -1] * 4, dtype=torch.bfloat16).view(-1, 1, 1)
+    moments = gradient_moments_grouped([MomentProblem(a.to(device()), d.to(device()))])[0]
+    assert moments.dead == moments.numel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bits_are_the_same_run_to_run_and_in_every_grouping(dtype: torch.dtype) -> None:
+    problems = [linear(out, width, 16, dtype)[2] for out, width in LAYERS for _ in range(3)]
+    together = gradient_moments_grouped(problems)
+    for _ in range(5):
+        poison()
+        assert gradient_moments_grouped(problems) == together
+    assert gradient_moments_grouped(problems[::-1]) == together[::-1]
+    assert [gradient_moments_grouped([p])[0] for p in problems] == together
+    poison()
+    parts = [launch_gradient_moments(problems[n : n + 4]) for n in range(0, len(problems), 4)]
+    assert [m for part in parts for m in part.finish()] == together
+
+
+def test_a_launch_waits_for_nothing() -> None:
+    problems = [linear(out, width, 16, torch.bfloat16)[2] for out, width in LAYERS]
+    expected = gradient_moments_grouped(problems)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = launch_gradient_moments(problems)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pending.finish() == expected
+
+
+def test_memory_beside_the_operands_is_small() -> None:
+    problems = [linear(out, width, 64, torch.bfloat16)[2] for out, width in LAYERS]
+    gradient_moments_grouped(problems)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradient_moments_grouped(problems)
+    assert torch.cuda.max_memory_allocated() - before < 2**20
