@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from lswag_fast import backends
+from lswag_fast import _C, backends
 from lswag_fast.errors import InputError
 
 
@@ -36,3 +37,13 @@ def test_an_unknown_preference_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LSWAG_BACKEND", "rocm")
     with pytest.raises(InputError, match="LSWAG_BACKEND must be auto or one of cpp, cuda, torch, triton, got 'rocm'"):
         backends.implementation("gelu", "cpu")
+
+
+def test_a_device_that_is_too_old_is_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "cuda_kernels", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    cuda = next(b for b in backends.backends() if b.name == "cuda")
+    assert (cuda.available, cuda.detail) == (False, "compute capability 7.5; 8.0 or newer is needed")
+    with pytest.raises(InputError, match=r"device 'cuda' cannot be used: compute capability 7\.5; 8\.0 or newer"):
+        backends.resolve_device("cuda")
