@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +70,19 @@ def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
 
 def table(only: str = "") -> dict[str, dict[str, Any]]:
     """Returns the rows by "name, sm_NN"."""
-    return {
-        f"{variant.name}, sm_{architecture}": {
-            **compiled(variant, architecture),
-            "matrix": variant.matrix,
-            "pipelined": variant.pipelined,
-        }
-        for variant in variants()
-        if only in variant.name
-        for architecture in variant.architectures
-    }
+    _JOBS.extend((v, architecture) for v in variants() if only in v.name for architecture in v.architectures)
+    # Kernels cannot be sent to another process, but a forked one has them.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        return dict(pool.map(_row, range(len(_JOBS))))
+
+
+_JOBS: list[tuple[Variant, int]] = []
+
+
+def _row(number: int) -> tuple[str, dict[str, Any]]:
+    variant, architecture = _JOBS[number]
+    facts = {"matrix": variant.matrix, "pipelined": variant.pipelined}
+    return f"{variant.name}, sm_{architecture}", {**compiled(variant, architecture), **facts}
 
 
 def main() -> None:
@@ -85,8 +91,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
-    rows = {"triton": triton.__version__, "rows": table(arguments.only)}
-    text = json.dumps(rows, indent=1) + "\n"
+    rows = table(arguments.only)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    text = f'{{\n "triton": {json.dumps(triton.__version__)},\n "rows": {{\n{lines}\n }}\n}}\n'
     if arguments.write:
         TABLE.write_text(text)
     print(text)
