@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_SOURCES)
 
 demo: $(VENV)/.demo
 	$(BIN)/lswag-fast score --space autoformer-tiny --count 32 --seed 0 --images photos \
-	    --samples 32 --groups 32 --store $(STORE) --top 10
+	    --samples 32 --groups 32 --device cpu --store $(STORE) --top 10
 
 test: lint pytest sanitize
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from .errors import InputError
 
@@ -84,6 +85,8 @@ def _cuda() -> Backend:
 
     if not _C.cuda_kernels():
         return Backend("cuda", False, "this build holds no CUDA kernels")
+    if find_spec("triton") is None:
+        return Backend("cuda", False, "Triton is not installed; pip install 'lswag-fast[gpu]'")
     if not torch.cuda.is_available():
         return Backend("cuda", False, "torch finds no CUDA device")
     major, minor = torch.cuda.get_device_capability()

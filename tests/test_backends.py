@@ -47,3 +47,11 @@ def test_a_device_that_is_too_old_is_named_with_what_is_needed(monkeypatch: pyte
     assert (cuda.available, cuda.detail) == (False, "compute capability 7.5; 8.0 or newer is needed")
     with pytest.raises(InputError, match=r"device 'cuda' cannot be used: compute capability 7\.5; 8\.0 or newer"):
         backends.resolve_device("cuda")
+
+
+def test_a_device_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "cuda_kernels", lambda: True)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    cuda = next(b for b in backends.backends() if b.name == "cuda")
+    assert not cuda.available
+    assert "pip install 'lswag-fast[gpu]'" in cuda.detail
