@@ -185,7 +185,7 @@ def test_agreements(sanitizer: str, threads: int, request: pytest.FixtureRequest
     generator = np.random.default_rng(2)
     cases = []
     for samples in (1, 2, 17, 64, 65, 130):
-        sizes = generator.integers(0, 1500, 3).tolist() + [0, 64, 1025]
+        sizes = [*generator.integers(0, 1500, 3).tolist(), 0, 64, 1025]
         cases.append(([random_patterns(generator, n, samples, "random") for n in sizes], samples))
     given = [numbers(1, 1 + i % 3) + layers_bytes(*case) for i, case in enumerate(cases)]
     found = np.frombuffer(run(program, threads, given), np.int64)
