@@ -95,7 +95,7 @@ def test_capture_takes_the_kernel(device, monkeypatch):
 
 def test_bad_input_is_told():
     x = torch.zeros(3)
-    with pytest.raises(InputError, match="kind must be one of relu, relu6, .*, hardswish, got 'elu'"):
+    with pytest.raises(InputError, match=r"kind must be one of relu, relu6, .*, hardswish, got 'elu'"):
         activation_backward(x, x, "elu")
     for other in (torch.zeros(4), x.half(), x.to("meta")):
         with pytest.raises(InputError, match="expected grad and saved of one shape, floating dtype and device"):
