@@ -114,7 +114,12 @@ class Moments {
     Moments(const py::sequence& inputs, const py::sequence& output_grads, int64_t groups,
             const std::optional<ConvolutionValues>& convolution, bool with_signed, int threads) {
         const std::vector<Tensor> a = borrowed_.add_all(inputs), d = borrowed_.add_all(output_grads);
-        plan_.samples = a.at(0).shape[0];
+        if (a.empty() || a.size() != d.size()) throw py::value_error("expected output_grads for each of the inputs");
+        check(a);
+        check(d);
+        if (groups < 2 || a[0].shape[0] % groups != 0 || threads < 1)
+            throw py::value_error("expected groups that divide the samples, and a thread or more");
+        plan_.samples = a[0].shape[0];
         plan_.groups = groups;
         plan_.with_signed = with_signed;
         plan_.threads = threads;
@@ -139,6 +144,15 @@ class Moments {
     py::tuple run(const py::object& workspace, const py::sequence& maps) const;
 
  private:
+    static void check(const std::vector<Tensor>& tensors) {
+        for (const Tensor& tensor : tensors) {
+            if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16 && tensor.dtype != DType::float16)
+                throw py::value_error("expected operands in float32, bfloat16 or float16");
+            if (tensor.ndim < 2 || tensor.numel() == 0)
+                throw py::value_error("expected operands [S, ..., C] without an empty dimension");
+        }
+    }
+
     void add_linear(const std::vector<Tensor>& inputs, const std::vector<Tensor>& output_grads) {
         for (size_t u = 0; u < inputs.size(); ++u) {
             GradientUse use{linear_operand(inputs[u]), linear_operand(output_grads.at(u)), 1};

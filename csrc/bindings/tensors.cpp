@@ -39,6 +39,8 @@ Tensor read(const dlpack::Tensor& source, bool read_only) {
         tensor.strides[d] = source.strides != nullptr ? source.strides[d] : compact;
         compact *= source.shape[d];
     }
+    if (source.data == nullptr && tensor.numel() > 0)
+        throw py::value_error("the kernels read tensors with memory, got one that only has a shape (a fake tensor?)");
     return tensor;
 }
 

@@ -4,8 +4,20 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(LSWAG_X86)
+#include <cpuid.h>
+#endif
+
 namespace lswag {
 namespace {
+
+#if defined(LSWAG_X86)
+// Not every supported compiler's __builtin_cpu_supports knows this name.
+bool has_f16c() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+#endif
 
 Isa choose() {
     const char* wanted = std::getenv("LSWAG_CPU");
@@ -36,7 +48,7 @@ bool isa_supported(Isa isa) {
 #if defined(LSWAG_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == Isa::avx2) return avx2;

@@ -42,13 +42,11 @@ struct Blocking {
     int64_t block_row_tiles, block_column_tiles;  // of a block, at most
     int64_t row_blocks, column_blocks;
     bool carries;                     // a group takes several chunks of rows: partial sums wait in memory
+    bool wide;                        // those and the moments are float64, else float32
     int64_t real_bytes, state_bytes;  // of a gradient; of a weight's moments
     int64_t row_panels, column_panels, partial_sums, state, thread_bytes;
 
     explicit Blocking(const GradientMomentsPlan& plan) {
-        real_bytes = sums_in_float64(plan) ? 8 : 4;
-        state_bytes = sums_in_float64(plan) ? MomentState<double>::bytes_per_weight(plan.with_signed)
-                                            : MomentState<float>::bytes_per_weight(plan.with_signed);
         row_tiles = ceil_div(plan.weight_rows, kTileRows);
         column_tiles = ceil_div(plan.weight_columns, kTileColumns);
         int64_t rows = 0;
@@ -58,6 +56,10 @@ struct Blocking {
             carries = carries || of_group > kChunkRows;
             rows = of_group > rows ? of_group : rows;
         }
+        wide = carries || sums_in_float64(plan);
+        real_bytes = wide ? 8 : 4;
+        state_bytes = wide ? MomentState<double>::bytes_per_weight(plan.with_signed)
+                           : MomentState<float>::bytes_per_weight(plan.with_signed);
         rows = rows < kChunkRows ? rows + rows % 2 : kChunkRows;
         choose_blocks(plan, rows);
         row_panels = round_up(rows * block_row_tiles * kTileRows * 4);
@@ -100,8 +102,10 @@ struct Blocking {
     }
 };
 
-// One block of the weight, worked on by one thread: panels of Packed, sums and moments of Real.
-template <typename Packed, typename Real>
+// One block of the weight, worked on by one thread: panels of Packed, products summed in Sum within a chunk of rows,
+// partial sums and moments of Real. A chain of float32 sums no longer than a chunk keeps the error of data of one sign,
+// which grows with its length, within the tolerance.
+template <typename Packed, typename Sum, typename Real>
 struct Block {
     const GradientMomentsPlan& plan;
     const Blocking& blocking;
@@ -139,15 +143,26 @@ struct Block {
     }
 
     // Only the last tile across may have fewer columns than kTileColumns filled.
-    static void multiply(int64_t steps, const Packed* a, const Packed* b, Real* c, bool accumulate, int64_t filled) {
-        if constexpr (sizeof(Real) == 8)
-            multiply_tile(steps, a, b, c, kTileColumns, accumulate);
+    static void multiply(int64_t steps, const Packed* a, const Packed* b, Sum* c, bool accumulate, int64_t filled) {
+        if constexpr (sizeof(Sum) == 8)
+            multiply_tile(steps, a, b, c, kTileColumns, accumulate, filled);
         else if (filled <= kLanes)
             multiply_tile<1>(steps, a, b, c, kTileColumns, accumulate);
         else if (kTileVectors > 2 && filled <= 2 * kLanes)
             multiply_tile<2>(steps, a, b, c, kTileColumns, accumulate);
         else
             multiply_tile(steps, a, b, c, kTileColumns, accumulate);
+    }
+
+    static void multiply_chunk(int64_t steps, const Packed* a, const Packed* b, Real* c, bool first, int64_t filled) {
+        if constexpr (sizeof(Sum) == sizeof(Real)) {
+            multiply(steps, a, b, c, !first, filled);
+        } else {
+            alignas(64) Sum chunk[kTileWeights];
+            multiply(steps, a, b, chunk, false, filled);
+            for (int64_t w = 0; w < kTileWeights; w += kLanes / 2)
+                store(c + w, (first ? vdouble{} : load(c + w)) + load_double(chunk + w));
+        }
     }
 
     template <bool with_signed>
@@ -158,7 +173,7 @@ struct Block {
             for (int64_t row = 0; row < row_tiles; ++row) {
                 const int64_t tile = column * row_tiles + row;
                 const Packed* const a = row_panels() + row * steps * kTileRows;
-                multiply(steps, a, b, partial(tile), !first, filled);
+                multiply_chunk(steps, a, b, partial(tile), first, filled);
                 if (last) update_moments<with_signed>(state(tile), partial(tile), kTileWeights, group);
             }
         }
@@ -203,7 +218,7 @@ struct Block {
     }
 };
 
-template <typename Packed, typename Real>
+template <typename Packed, typename Sum, typename Real>
 void run_blocks(const GradientMomentsPlan& plan, const Blocking& blocking, char* workspace, const float* scales,
                 double unit, const MomentMapPointers& maps) {
     double* const sums = reinterpret_cast<double*>(workspace);
@@ -216,15 +231,16 @@ void run_blocks(const GradientMomentsPlan& plan, const Blocking& blocking, char*
         for (int64_t item = 0; item < items; ++item) {
             const int64_t row_tile = item % blocks / blocking.column_blocks * blocking.block_row_tiles;
             const int64_t column_tile = item % blocks % blocking.column_blocks * blocking.block_column_tiles;
-            const Block<Packed, Real> block{plan,
-                                            blocking,
-                                            scales,
-                                            mine,
-                                            item / blocks,
-                                            row_tile,
-                                            column_tile,
-                                            least(blocking.block_row_tiles, blocking.row_tiles - row_tile),
-                                            least(blocking.block_column_tiles, blocking.column_tiles - column_tile)};
+            const Block<Packed, Sum, Real> block{
+                plan,
+                blocking,
+                scales,
+                mine,
+                item / blocks,
+                row_tile,
+                column_tile,
+                least(blocking.block_row_tiles, blocking.row_tiles - row_tile),
+                least(blocking.block_column_tiles, blocking.column_tiles - column_tile)};
             for (int64_t group = 0; group < plan.groups; ++group) block.add_group(group);
             block.finish(sums, unit, maps);
         }
@@ -237,18 +253,18 @@ struct Scales {
     bool certain = true;  // no more could be learnt from the pieces not looked at
 
     Scales(const GradientMomentsPlan& plan, int64_t every) {
-        float largest[2] = {0, 0};
+        uint32_t largest[2] = {0, 0};  // as bits, in whose order NaN is above infinity
         for (int u = 0; u < plan.use_count; ++u) {
             const Tensor* const tensors[2] = {&plan.uses[u].inputs.tensor, &plan.uses[u].output_grads.tensor};
             for (int side = 0; side < 2; ++side) {
-                const float found = largest_magnitude(*tensors[side], every, plan.threads);
-                largest[side] = found > largest[side] || found != found ? found : largest[side];
+                const uint32_t found = largest_magnitude(*tensors[side], every, plan.threads);
+                largest[side] = found > largest[side] ? found : largest[side];
             }
         }
         for (int side = 0; side < 2; ++side) {
             factors[side] = __builtin_ldexpf(1, scale_exponent(largest[side]));
             exponent += scale_exponent(largest[side]);
-            certain = certain && (every == 1 || (largest[side] > 0 && is_finite(largest[side])));
+            certain = certain && (every == 1 || (largest[side] > 0 && largest[side] < kInfinityBits));
         }
     }
 };
@@ -267,15 +283,20 @@ void run_blocks_or_depthwise(const GradientMomentsPlan& plan, const Scales& scal
 #else
     using PackedBfloat16 = float;
 #endif
+    auto run = blocking.wide ? run_blocks<float, float, double> : run_blocks<float, float, float>;
+    if (sums_in_float64(plan)) run = run_blocks<float, double, double>;
     if (all_bfloat16(plan))
-        run_blocks<PackedBfloat16, float>(plan, blocking, memory, scales.factors, unit, maps);
-    else if (sums_in_float64(plan))
-        run_blocks<float, double>(plan, blocking, memory, scales.factors, unit, maps);
-    else
-        run_blocks<float, float>(plan, blocking, memory, scales.factors, unit, maps);
+        run = blocking.wide ? run_blocks<PackedBfloat16, float, double> : run_blocks<PackedBfloat16, float, float>;
+    run(plan, blocking, memory, scales.factors, unit, maps);
     const double* const sums = static_cast<const double*>(workspace);
     for (int64_t tile = 0; tile < blocking.tiles(plan); ++tile)
         for (int s = 0; s < kMomentSums; ++s) results->sums[s] += sums[tile * kMomentSums + s];
+}
+
+bool all_finite(const MomentResults& results) {
+    bool finite = true;
+    for (const double sum : results.sums) finite = finite && is_finite(sum);
+    return finite;
 }
 
 }  // namespace
@@ -286,14 +307,15 @@ void gradient_moments_workspace(const GradientMomentsPlan& plan, int64_t* bytes)
     *bytes = round_up(blocking.tiles(plan) * kMomentSums * 8) + plan.threads * blocking.thread_bytes;
 }
 
-// A scale needs the largest magnitude to a factor of 2^50 or so: one piece in 32 of the operands tells it, for next to
-// no memory traffic. Should it not, sums overflow, which shows, and every piece is looked at.
+// A scale needs the largest magnitude to a factor of 2^40 or so: one piece in 32 of the operands tells it, for next to
+// no memory traffic. Should it not, a product, sum or difference overflows, which makes one of the sums over the
+// weights infinite or NaN, and every piece is looked at.
 void gradient_moments(const GradientMomentsPlan& plan, void* workspace, const MomentMapPointers& maps,
                       MomentResults* results) {
     const Scales sampled(plan, 32);
     if (sampled.certain) {
         run_blocks_or_depthwise(plan, sampled, workspace, maps, results);
-        if (is_finite(results->sums[kMeanAbs]) && is_finite(results->sums[kSigma])) return;
+        if (all_finite(*results)) return;
     }
     run_blocks_or_depthwise(plan, Scales(plan, 1), workspace, maps, results);
 }

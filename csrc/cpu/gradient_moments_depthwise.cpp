@@ -28,9 +28,10 @@ int thread_number() {
 }
 
 // What a thread needs: a padded plane of the inputs and one of the output gradients, kLanes channels each, the gradient
-// of their taps, and its moments.
+// of their taps, what several such planes of a group add up to, and the moments.
 struct Layout {
-    int64_t blocks, taps, plane, gradient_plane, gradients, state, thread_bytes;
+    int64_t blocks, taps, plane, gradient_plane, gradients, totals, state, thread_bytes;
+    bool wide;  // totals and moments are float64: float32 sums over several planes would exceed the tolerance
 
     explicit Layout(const GradientMomentsPlan& plan) {
         blocks = (plan.channel_groups + kLanes - 1) / kLanes;
@@ -44,12 +45,13 @@ struct Layout {
         }
         plane = round_up(plane * kLanes * 4);
         gradient_plane = round_up(gradient_plane * kLanes * 4);
-        const bool wide = sums_in_float64(plan);
-        gradients = round_up(taps * kLanes * (wide ? 8 : 4));
+        wide = sums_in_float64(plan) || plan.use_count > 1 || plan.samples > plan.groups;
+        gradients = round_up(taps * kLanes * (sums_in_float64(plan) ? 8 : 4));
+        totals = wide && !sums_in_float64(plan) ? round_up(taps * kLanes * 8) : 0;
         state = round_up(taps * kLanes *
                          (wide ? MomentState<double>::bytes_per_weight(plan.with_signed)
                                : MomentState<float>::bytes_per_weight(plan.with_signed)));
-        thread_bytes = plane + gradient_plane + gradients + state;
+        thread_bytes = plane + gradient_plane + gradients + totals + state;
     }
 };
 
@@ -112,29 +114,38 @@ void correlate(const GradientMomentsPlan& plan, const GradientUse& use, const fl
     }
 }
 
-template <typename Real>
+// Adds the gradient of one plane to the total of its group, and clears it.
+void add_to_totals(float* gradients, double* totals, int64_t weights) {
+    for (int64_t w = 0; w < weights; w += kLanes / 2) store(totals + w, load(totals + w) + load_double(gradients + w));
+    __builtin_memset(gradients, 0, weights * sizeof(float));
+}
+
+// Sums of Sum over one plane, of Real over the planes of a group where the two differ.
+template <typename Sum, typename Real>
 void channel_block(const GradientMomentsPlan& plan, const Layout& layout, int64_t block, char* memory,
                    const float scales[2], double unit, const MomentMapPointers& maps, double* sums) {
     const int64_t channels = plan.channel_groups, channel = block * kLanes, weights = layout.taps * kLanes;
     float* const plane = reinterpret_cast<float*>(memory);
     float* const output_grads = reinterpret_cast<float*>(memory + layout.plane);
-    Real* const gradients = reinterpret_cast<Real*>(memory + layout.plane + layout.gradient_plane);
-    const MomentState<Real> state(memory + layout.plane + layout.gradient_plane + layout.gradients, weights,
-                                  plan.with_signed);
+    memory += layout.plane + layout.gradient_plane;
+    Sum* const gradients = reinterpret_cast<Sum*>(memory);
+    Real* const totals = reinterpret_cast<Real*>(memory + (layout.totals > 0 ? layout.gradients : 0));
+    const MomentState<Real> state(memory + layout.gradients + layout.totals, weights, plan.with_signed);
     const int64_t size = plan.samples / plan.groups;
     for (int64_t group = 0; group < plan.groups; ++group) {
-        __builtin_memset(gradients, 0, layout.gradients);
+        __builtin_memset(memory, 0, layout.gradients + layout.totals);
         for (int64_t sample = group * size; sample < (group + 1) * size; ++sample) {
             for (int u = 0; u < plan.use_count; ++u) {
                 pack_plane(plan.uses[u].inputs, sample, channel, channels, scales[0], plane);
                 pack_plane(plan.uses[u].output_grads, sample, channel, channels, scales[1], output_grads);
                 correlate(plan, plan.uses[u], plane, output_grads, gradients);
+                if constexpr (sizeof(Sum) != sizeof(Real)) add_to_totals(gradients, totals, weights);
             }
         }
         if (plan.with_signed)
-            update_moments<true>(state, gradients, weights, group);
+            update_moments<true>(state, totals, weights, group);
         else
-            update_moments<false>(state, gradients, weights, group);
+            update_moments<false>(state, totals, weights, group);
     }
     if (plan.with_signed)
         sum_moments<true>(state, weights, plan.groups, sums);
@@ -159,7 +170,9 @@ void depthwise_moments(const GradientMomentsPlan& plan, void* workspace, const f
     double* const sums = static_cast<double*>(workspace);
     char* const memory = static_cast<char*>(workspace) + round_up(layout.blocks * kMomentSums * 8);
     __builtin_memset(sums, 0, layout.blocks * kMomentSums * 8);
-    const auto run_block = sums_in_float64(plan) ? channel_block<double> : channel_block<float>;
+    const auto run_block = sums_in_float64(plan) ? channel_block<double, double>
+                           : layout.wide         ? channel_block<float, double>
+                                                 : channel_block<float, float>;
 #pragma omp parallel for num_threads(plan.threads) schedule(dynamic, 1)
     for (int64_t block = 0; block < layout.blocks; ++block)
         run_block(plan, layout, block, memory + thread_number() * layout.thread_bytes, scales, unit, maps,

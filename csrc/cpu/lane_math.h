@@ -67,7 +67,7 @@ inline void transpose_rows(vfloat (&rows)[kLanes]) {
 }
 
 // 2^x for x below 128, to 1.2e-7 of it (the Chebyshev fit of degree 6 within half a unit of 0); 0 below 2^-126. A NaN
-// stays one: the shifted bits of a quiet NaN without payload are zero.
+// stays one, whatever its payload, bits of which would move into the exponent.
 inline vfloat exp2(vfloat x) {
     const vfloat shifter = splat(0x1.8p23f);
     const vfloat moved = x + shifter;
@@ -80,7 +80,8 @@ inline vfloat exp2(vfloat x) {
     y = y * f + splat(6.93147207e-1f);
     y = y * f + splat(1.0f);
     const vfloat power = float_of(bits_of(y) + (bits_of(moved) << 23));
-    return x < splat(-126.0f) ? vfloat{} : power;
+    const vfloat number = x == x ? power : x;
+    return x < splat(-126.0f) ? vfloat{} : number;
 }
 
 }  // namespace LSWAG_ISA

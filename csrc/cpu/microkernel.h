@@ -57,10 +57,16 @@ inline void multiply_tile(int64_t k, const float* a, const float* b, float* c, i
     detail::store_tile(sum, c, ldc);
 }
 
-// The same with products (exact) and sums in float64, half the columns at a time: half the rate.
-inline void multiply_tile(int64_t k, const float* a, const float* b, double* c, int64_t ldc, bool accumulate) {
+// The same with products (exact) and sums in float64, half the columns at a time: half the rate. A half without any of
+// the `filled` columns becomes zero.
+inline void multiply_tile(int64_t k, const float* a, const float* b, double* c, int64_t ldc, bool accumulate,
+                          int64_t filled) {
     constexpr int lanes = kLanes / 2;
     for (int column = 0; column < kTileColumns; column += kTileColumns / 2, c += kTileColumns / 2) {
+        if (column >= filled) {
+            for (int m = 0; m < kTileRows; ++m) __builtin_memset(c + m * ldc, 0, kTileColumns / 2 * sizeof(double));
+            continue;
+        }
         vdouble sum[kTileRows][kTileVectors];
         for (int m = 0; m < kTileRows; ++m)
             for (int v = 0; v < kTileVectors; ++v) sum[m][v] = accumulate ? load(c + m * ldc + v * lanes) : vdouble{};

@@ -106,25 +106,32 @@ inline vdouble square_root(vdouble x) {
     return root;
 }
 
+// 0 where x is finite, else NaN.
+inline vdouble unless_finite(vdouble x) { return x - x; }
+
 // Adds the sums over `count` weights to sums[kMomentSums]. Weights that were never anything but zero are dead, and add
-// to none of them, so that the padding of a tile need not be told apart.
+// to none of them, so that the padding of a tile need not be told apart. A weight with a gradient that is not finite is
+// live, and makes NaN of every sum but the counts and signs.
 template <bool with_signed, typename Real>
 inline void sum_moments(const MomentState<Real>& state, int64_t count, int64_t groups, double* sums) {
     const vdouble share = splat(1.0 / static_cast<double>(groups));
     vdouble totals[kMomentSums] = {};
     for (int64_t w = 0; w < count; w += kLanes / 2) {
         const vdouble mean = load_double(state.mean + w);
-        const vdouble sigma = square_root(load(state.deviations + w) * share);
+        const vdouble root = square_root(load(state.deviations + w) * share);
+        const vdouble sigma = root + unless_finite(root) + unless_finite(mean);
         const vlong dead = sigma <= mean * splat(kDead);
         const vdouble inverse = dead ? vdouble{} : splat(1.0) / sigma;
         totals[kLive] += dead ? vdouble{} : splat(1.0);
         totals[kInverseSigma] += inverse;
         totals[kMeanOverSigma] += mean * inverse;
         totals[kSigma] += sigma;
-        totals[kMeanAbs] += mean;
+        totals[kMeanAbs] += mean + unless_finite(mean);
         if (!with_signed) continue;
-        const vdouble signed_mean = load_double(state.signed_mean + w);
-        const vdouble variance = load(state.signed_deviations + w) * share;
+        const vdouble with_sign = load_double(state.signed_mean + w);
+        const vdouble signed_mean = with_sign + unless_finite(with_sign);
+        const vdouble square_mean = load(state.signed_deviations + w) * share;
+        const vdouble variance = square_mean + unless_finite(square_mean) + unless_finite(signed_mean);
         const vdouble signed_sigma = square_root(variance);
         const vlong still = signed_sigma <= abs(signed_mean) * splat(kDead);
         const vdouble square = signed_mean * signed_mean;

@@ -8,7 +8,9 @@ namespace lswag {
 namespace LSWAG_ISA {
 
 // The largest scaled magnitude is in [2^40, 2^41): products of two operands then reach 2^82, which leaves 2^45 for
-// sums of products, and a product that is 2^-206 of the largest one still has full precision.
+// sums of products, and a product that is 2^-206 of the largest one still has full precision. What is below 2^-166 of
+// the largest magnitude of its operand becomes subnormal where that is scaled down, and there loses bits or, in
+// bfloat16 instructions, all of them; in no sum over samples does it matter beside the largest.
 constexpr int kScaledExponent = 40;
 
 inline uint32_t magnitude_bits(float x) {
@@ -18,6 +20,19 @@ inline uint32_t magnitude_bits(float x) {
 }
 inline uint32_t magnitude_bits(bfloat16 x) { return (x.bits & 0x7fffu) << 16; }
 inline uint32_t magnitude_bits(float16 x) { return x.bits & 0x7fffu; }
+
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+inline int highest_bit(uint32_t bits) { return 31 - __builtin_clz(bits); }
+
+// The bits of the float32 of the same value as a float16 that is not negative. Integers only here and in
+// scale_exponent: a processor told to take subnormals as zero must find the same scale.
+inline uint32_t float_bits_of_float16(uint32_t half) {
+    if (half >= 0x7c00u) return kInfinityBits | (half & 0x3ffu) << 13;
+    if (half >= 0x400u || half == 0) return half == 0 ? 0 : (half << 13) + (112u << 23);
+    const int top = highest_bit(half);  // of a subnormal: half * 2^-24
+    return static_cast<uint32_t>(top - 24 + 127) << 23 | (half << (23 - top) & 0x7fffffu);
+}
 
 template <typename Source>
 inline uint32_t largest_in_line(const Source* p, int64_t count, int64_t stride) {
@@ -110,27 +125,20 @@ inline uint32_t largest_bits(const Tensor& tensor, int64_t every, int threads) {
     return largest;
 }
 
-// The largest |x| of one of `every` pieces; infinity or NaN where they hold one.
-inline float largest_magnitude(const Tensor& tensor, int64_t every, int threads) {
-    if (tensor.dtype == DType::float16) {
-        const float16 largest{static_cast<uint16_t>(largest_bits<float16>(tensor, every, threads))};
-        return to_float(largest);
-    }
-    const uint32_t bits = tensor.dtype == DType::bfloat16 ? largest_bits<bfloat16>(tensor, every, threads)
-                                                          : largest_bits<float>(tensor, every, threads);
-    float largest;
-    __builtin_memcpy(&largest, &bits, 4);
-    return largest;
+// The float32 bits of the largest |x| of one of `every` pieces; of infinity or NaN where they hold one.
+inline uint32_t largest_magnitude(const Tensor& tensor, int64_t every, int threads) {
+    if (tensor.dtype == DType::float16) return float_bits_of_float16(largest_bits<float16>(tensor, every, threads));
+    return tensor.dtype == DType::bfloat16 ? largest_bits<bfloat16>(tensor, every, threads)
+                                           : largest_bits<float>(tensor, every, threads);
 }
 
 inline bool is_finite(double x) { return x - x == 0; }
 
-// The exponent e of the scale 2^e for values of up to `largest`; 0 where that is zero or not finite.
-inline int scale_exponent(float largest) {
-    if (!(largest > 0) || !is_finite(largest)) return 0;
-    int exponent;
-    (void)__builtin_frexpf(largest, &exponent);
-    const int wanted = kScaledExponent - (exponent - 1);
+// The exponent e of the scale 2^e for values of up to that with the bits `largest`; 0 where it is zero or not finite.
+inline int scale_exponent(uint32_t largest) {
+    if (largest == 0 || largest >= kInfinityBits) return 0;
+    const int exponent = largest >> 23 != 0 ? static_cast<int>(largest >> 23) - 127 : highest_bit(largest) - 149;
+    const int wanted = kScaledExponent - exponent;
     return wanted < 127 ? wanted : 127;
 }
 

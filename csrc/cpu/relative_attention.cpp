@@ -119,15 +119,17 @@ class ForwardUnit {
     float* row_;
 };
 
+// Returns the bytes of workspace; only these, reading and writing nothing, where `measuring`.
 template <typename Word>
-int64_t forward(const RelativeAttention& call, const Tensor& out, const Tensor& softmax, void* workspace) {
+int64_t forward(const RelativeAttention& call, const Tensor& out, const Tensor& softmax, void* workspace,
+                bool measuring) {
     const Shape s(call);
     Arena shared(workspace);
     Tables<Word> keys(s, shared), values(s, shared);
     Arena measure(nullptr);
     ForwardUnit<Word>(call, keys, values, measure);
     const int64_t bytes = shared.used() + call.threads * measure.used();
-    if (workspace == nullptr) return bytes;
+    if (measuring) return bytes;
     keys.fill(s, call.tables);
     values.fill(s, call.tables + 2);
 #pragma omp parallel num_threads(call.threads)
@@ -145,22 +147,23 @@ int64_t forward(const RelativeAttention& call, const Tensor& out, const Tensor& 
     return bytes;
 }
 
-int64_t forward_in_words(const RelativeAttention& call, const Tensor& out, const Tensor& softmax, void* workspace) {
+int64_t forward_in_words(const RelativeAttention& call, const Tensor& out, const Tensor& softmax, void* workspace,
+                         bool measuring) {
 #if defined(__AVX512BF16__)
-    if (call.qkv.dtype == DType::bfloat16) return forward<uint32_t>(call, out, softmax, workspace);
+    if (call.qkv.dtype == DType::bfloat16) return forward<uint32_t>(call, out, softmax, workspace, measuring);
 #endif
-    return forward<float>(call, out, softmax, workspace);
+    return forward<float>(call, out, softmax, workspace, measuring);
 }
 
 }  // namespace
 
 void relative_attention_forward_bytes(const RelativeAttention& call, int64_t* bytes) {
-    *bytes = forward_in_words(call, {}, {}, nullptr);
+    *bytes = forward_in_words(call, {}, {}, nullptr, true);
 }
 
 void relative_attention_forward(const RelativeAttention& call, const Tensor& out, const Tensor& softmax,
                                 const Tensor& workspace) {
-    forward_in_words(call, out, softmax, workspace.data);
+    forward_in_words(call, out, softmax, workspace.data, false);
 }
 
 }  // namespace LSWAG_ISA

@@ -285,8 +285,10 @@ struct Gradients {
     const Tensor* tables;
 };
 
+// Returns the bytes of workspace; only these, reading and writing nothing, where `measuring`.
 template <typename Word>
-int64_t backward(const RelativeAttention& call, bool with_tables, const Gradients& grads, void* workspace) {
+int64_t backward(const RelativeAttention& call, bool with_tables, const Gradients& grads, void* workspace,
+                 bool measuring) {
     const Shape s(call);
     Arena shared(workspace);
     Tables<Word> keys(s, shared), values(s, shared);
@@ -295,7 +297,7 @@ int64_t backward(const RelativeAttention& call, bool with_tables, const Gradient
     Arena measure(nullptr);
     BackwardUnit<Word>(call, keys, values, with_tables, measure);
     const int64_t bytes = shared.used() + call.threads * measure.used();
-    if (workspace == nullptr) return bytes;
+    if (measuring) return bytes;
     keys.fill(s, call.tables);
     values.fill(s, call.tables + 2);
 #pragma omp parallel num_threads(call.threads)
@@ -322,22 +324,23 @@ int64_t backward(const RelativeAttention& call, bool with_tables, const Gradient
     return bytes;
 }
 
-int64_t backward_in_words(const RelativeAttention& call, bool with_tables, const Gradients& grads, void* workspace) {
+int64_t backward_in_words(const RelativeAttention& call, bool with_tables, const Gradients& grads, void* workspace,
+                          bool measuring) {
 #if defined(__AVX512BF16__)
-    if (call.qkv.dtype == DType::bfloat16) return backward<uint32_t>(call, with_tables, grads, workspace);
+    if (call.qkv.dtype == DType::bfloat16) return backward<uint32_t>(call, with_tables, grads, workspace, measuring);
 #endif
-    return backward<float>(call, with_tables, grads, workspace);
+    return backward<float>(call, with_tables, grads, workspace, measuring);
 }
 
 }  // namespace
 
 void relative_attention_backward_bytes(const RelativeAttention& call, bool table_grads, int64_t* bytes) {
-    *bytes = backward_in_words(call, table_grads, {}, nullptr);
+    *bytes = backward_in_words(call, table_grads, {}, nullptr, true);
 }
 
 void relative_attention_backward(const RelativeAttention& call, const Tensor& softmax, const Tensor& grad_out,
                                  const Tensor& grad_qkv, const Tensor* table_grads, const Tensor& workspace) {
-    backward_in_words(call, table_grads != nullptr, {softmax, grad_out, grad_qkv, table_grads}, workspace.data);
+    backward_in_words(call, table_grads != nullptr, {softmax, grad_out, grad_qkv, table_grads}, workspace.data, false);
 }
 
 }  // namespace LSWAG_ISA

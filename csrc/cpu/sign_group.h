@@ -59,7 +59,10 @@ inline void pack_group(const float* in, float* out, uint32_t* slices, uint32_t b
     const vfloat parts[] = {x.a, x.b, x.c, x.d};
     for (int i = 0; i < 4; ++i) {
         uint32_t* slice = slices + i * kLanes;
-        store(slice, load(slice) | (reinterpret_cast<vuint>(parts[i] > vfloat{}) & (vuint{} + bit)));
+        // Bits of positive values are those of 1 to +inf: no floating point, whose flush-to-zero mode has no positive
+        // subnormals.
+        const vuint positive = reinterpret_cast<vuint>(bits_of(parts[i]) - 1u < vuint{} + 0x7f800000u);
+        store(slice, load(slice) | (positive & (vuint{} + bit)));
     }
 }
 

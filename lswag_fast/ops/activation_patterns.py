@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from .. import _C, backends
 from ..errors import InputError
 from ..options import MAX_SAMPLES
+from .arrays import as_tensor, refusals
 
 ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 """What `activate_and_pack` computes; gelu is the exact one, by erf."""
@@ -33,6 +33,7 @@ _TAG_SAMPLES = 26
 _TAG_BITS = 13  # 2^13 tags of a partition are 16 KB
 _PARALLEL_BITS = 4  # partitions enough to share among threads
 _PARTITION = 1024  # positions, so that a hash set takes some 24 KB
+_TABLE_BYTES = 2**32  # of address space, for the tables of all threads
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,18 @@ def pack_signs(
     """
     activation = _tensor(activation, "activation")
     count = _sample_count(activation, samples, first_sample)
-    words, accumulate = _words_for(activation, words, first_sample + count)
+    words, accumulate = _words_for(activation, words, first_sample, count)
     _pack(activation, None, words, 0, first_sample, count, accumulate)
     return words
 
 
-def activate_and_pack(
-    pre: Tensor, kind: str, *, samples: int | None = None, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
+def activate_and_pack(pre: Tensor, kind: str, *, samples: int | None = None) -> tuple[Tensor, Tensor]:
     """Applies an activation function and packs the signs of its result, in one pass.
 
     Args:
         pre: pre-activation [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array.
         kind: one of `ACTIVATIONS`. Computed in float32; gelu to 2.4e-7, where 1 + erf in float32 loses 1.2e-6.
         samples: pack only the first so many samples; the function is applied to all.
-        inplace: write the result over `pre`.
 
     Returns:
         The post-activation, of the dtype and shape of `pre`, and the words int64 [W, P] of exactly its values > 0.
@@ -90,12 +88,8 @@ def activate_and_pack(
         raise InputError(f"kind must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
     pre = _tensor(pre, "pre")
     count = _sample_count(pre, samples, 0)
-    if inplace and any(stride == 0 and size > 1 for stride, size in zip(pre.stride(), pre.shape, strict=True)):
-        raise InputError(
-            "inplace needs a tensor whose elements do not overlap, got an expanded one; call .clone() first"
-        )
-    post = pre if inplace else torch.empty_like(pre)
-    words, _ = _words_for(pre, None, count)
+    post = torch.empty_like(pre)
+    words, _ = _words_for(pre, None, 0, count)
     _pack(pre, post, words, 1 + ACTIVATIONS.index(kind), 0, count, False)
     return post, words
 
@@ -118,10 +112,9 @@ def count_patterns(words: Sequence[Tensor], samples: int) -> PatternCounts:
     if words[0].is_cuda:
         union, *per_layer = count_patterns_device(words, samples).tolist()
         return PatternCounts(union, tuple(per_layer), positions)
-    if samples <= _TAG_SAMPLES and len(words) < 2**16:
-        union, per_layer = _count_by_tags(words, samples)
-    else:
-        union, per_layer = _count_by_hash(words, samples)
+    with refusals():
+        by_tags = samples <= _TAG_SAMPLES and len(words) < 2**16
+        union, per_layer = (_count_by_tags if by_tags else _count_by_hash)(words, samples)
     return PatternCounts(union, tuple(per_layer), positions)
 
 
@@ -171,7 +164,8 @@ def hamming_kernel(words: Sequence[Tensor], samples: int) -> Tensor:
     threads = torch.get_num_threads()
     out = torch.empty(samples, samples, dtype=torch.int64)
     codes = _workspace(threads * words_per_pattern(samples) * 64 * _C.code_words)
-    _C.count_agreements(words, samples, codes, _workspace(threads * samples * samples), out, threads)
+    with refusals():
+        _C.count_agreements(words, samples, codes, _workspace(threads * samples * samples), out, threads)
     return out
 
 
@@ -208,12 +202,13 @@ def words_per_pattern(samples: int) -> int:
 def _pack(
     pre: Tensor, post: Tensor | None, words: Tensor, activation: int, first_sample: int, count: int, accumulate: bool
 ) -> None:
-    if pre.is_cuda:
-        stream = _stream(pre.device)
-        _C.cuda_pack_signs(pre, post, words, activation, first_sample, count, accumulate, stream)
-    else:
-        threads = torch.get_num_threads()
-        _C.pack_signs(pre, post, words, activation, first_sample, count, accumulate, threads)
+    with refusals():
+        if pre.is_cuda:
+            stream = _stream(pre.device)
+            _C.cuda_pack_signs(pre, post, words, activation, first_sample, count, accumulate, stream)
+        else:
+            threads = torch.get_num_threads()
+            _C.pack_signs(pre, post, words, activation, first_sample, count, accumulate, threads)
 
 
 def _stream(device: torch.device) -> int:
@@ -238,7 +233,9 @@ def _count_by_hash(words: list[Tensor], samples: int) -> tuple[int, list[int]]:
     patterns = _workspace(total * width)
     ends = _workspace(len(words) << bits)
     slots = _C.partition_patterns(words, samples, bits, patterns, ends, _workspace(threads << bits), threads)
-    # Only as much of the tables as the sets grow into is ever touched, and so backed by memory.
+    # Only as much of the tables as the sets grow into is ever touched, and so backed by memory. Where one partition is
+    # so large, most patterns are the same, and those of the others are few: fewer threads cost little.
+    threads = max(1, min(threads, _TABLE_BYTES // (slots * (8 * width + 4))))
     keys, tags = _workspace(threads * slots * width), _workspace(threads * slots // 2)
     return _C.count_partitions(words, samples, bits, patterns, ends, slots, keys, tags, threads)
 
@@ -247,9 +244,8 @@ def _workspace(numel: int) -> Tensor:
     return torch.empty(numel, dtype=torch.int64)
 
 
-def _tensor(array: Any, name: str) -> Tensor:
-    tensor = array if isinstance(array, Tensor) else _import(array, name)
-    tensor = tensor.detach()
+def _tensor(array: object, name: str) -> Tensor:
+    tensor = as_tensor(array, name)
     if tensor.dtype not in _DTYPES:
         raise InputError(f"{name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}")
     _check_device(tensor.device, name)
@@ -269,14 +265,6 @@ def _check_device(device: torch.device, name: str) -> None:
         )
 
 
-def _import(array: Any, name: str) -> Tensor:
-    try:
-        imported: Tensor = torch.utils.dlpack.from_dlpack(array)
-        return imported
-    except (AttributeError, TypeError, BufferError, RuntimeError) as error:
-        raise InputError(f"{name} must be a tensor or a DLPack array, got {type(array).__name__}: {error}") from error
-
-
 def _sample_count(activation: Tensor, samples: int | None, first_sample: int) -> int:
     count = len(activation) if samples is None else samples
     if not 0 <= count <= len(activation):
@@ -286,15 +274,16 @@ def _sample_count(activation: Tensor, samples: int | None, first_sample: int) ->
     return count
 
 
-def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[Tensor, bool]:
-    """Returns the words to write for samples up to `samples`, and whether they hold bits already."""
+def _words_for(activation: Tensor, words: Tensor | None, first_sample: int, count: int) -> tuple[Tensor, bool]:
+    """Returns the words to write for `count` samples, and whether the kernel has to keep the bits they hold."""
     if words is not None and words.device != activation.device:
         raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
     positions = activation[0].numel()
-    rows = words_per_pattern(samples)
+    rows = words_per_pattern(first_sample + count)
     if words is None:
-        fresh = torch.zeros if samples != len(activation) else torch.empty
-        return fresh(rows, positions, dtype=torch.int64, device=activation.device), samples != len(activation)
+        partly = first_sample > 0 or count < len(activation)
+        fresh = torch.zeros if partly else torch.empty
+        return fresh(rows, positions, dtype=torch.int64, device=activation.device), partly
     if words.dtype != torch.int64 or words.dim() != 2 or words.shape[1] != positions or not words.is_contiguous():
         raise InputError(
             f"words must be contiguous int64 [W, P] with the activation's P = {positions}, "
@@ -308,6 +297,7 @@ def _words_for(activation: Tensor, words: Tensor | None, samples: int) -> tuple[
 def _checked_words(words: Sequence[Tensor], samples: int) -> list[Tensor]:
     if not 1 <= samples <= MAX_SAMPLES:
         raise InputError(f"samples must be from 1 to {MAX_SAMPLES}, got {samples}")
+    words = [as_tensor(w, f"words[{i}]") for i, w in enumerate(words)]
     for i, w in enumerate(words):
         if w.dtype != torch.int64 or w.dim() != 2 or len(w) < words_per_pattern(samples):
             raise InputError(

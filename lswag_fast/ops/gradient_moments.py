@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import _C, backends
 from ..errors import InputError
+from .arrays import as_tensor, refusals
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIMS = 8
+_MOST_WEIGHTS = 2**40
 DEAD = 2.0**-22
 """A weight is dead where its sigma is at most this times its mean |g|."""
 
@@ -131,7 +133,8 @@ def gradient_moments(
             raise InputError("signed moments are computed on the CPU only; pass operands moved with .cpu()")
         return gradient_moments_grouped([MomentProblem(a, d, count, convolution, maps=maps)])[0]
     samples = len(a[0])
-    native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
+    with refusals():
+        native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
     workspace = torch.empty(native.workspace_bytes, dtype=torch.uint8)
     flat = _empty_maps(math.prod(shape), signed, maps)
     sums, exponent = native.run(workspace, flat)
@@ -167,10 +170,12 @@ class MomentsAccumulator:
         if gradient.device != self._state.device:
             raise InputError(f"expected gradient on {self._state.device} as the first was, got {gradient.device}")
         if gradient.device.type != "cpu":
-            return self._add_on_device(gradient.detach().double().abs(), self._state)
+            return self._add_on_device(gradient.double().abs(), self._state)
         if gradient.dtype not in (torch.float32, torch.float64):
             gradient = gradient.float()
-        _C.accumulate_moments(gradient.contiguous(), self._groups, self._signed, torch.get_num_threads(), self._state)
+        gradient, threads = gradient.contiguous(), torch.get_num_threads()
+        with refusals():
+            _C.accumulate_moments(gradient, self._groups, self._signed, threads, self._state)
         self._groups += 1
 
     def finish(self, *, maps: bool = False) -> GradientMoments:
@@ -200,7 +205,9 @@ class MomentsAccumulator:
 
     def _finish_on_device(self, state: Tensor, *, maps: bool) -> GradientMoments:
         mean, sigma = state[0], (state[1] / self._groups).sqrt()
-        live = sigma > DEAD * mean
+        # 0 or, from a gradient that is not finite, NaN, which then is in every sum.
+        sigma = sigma + (sigma - sigma) + (mean - mean)
+        live = ~(sigma <= DEAD * mean)
         inverse = torch.where(live, 1 / sigma, 0.0)
         sums = torch.stack([live.double().sum(), inverse.sum(), (mean * inverse).sum(), sigma.sum(), mean.sum()])
         given = [sigma, mean.clone()] if maps else []
@@ -243,16 +250,12 @@ def _uses(name: str, given: Any) -> list[Tensor]:
 
 
 def _tensor(name: str, given: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    if not isinstance(given, Tensor):
-        if not hasattr(given, "__dlpack__"):
-            raise InputError(f"expected {name} as a tensor or array that offers __dlpack__, got {type(given).__name__}")
-        given = torch.utils.dlpack.from_dlpack(given)
-    if given.dtype not in dtypes:
+    tensor = as_tensor(given, name)
+    if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"expected {name} in one of {names}, got {str(given.dtype).removeprefix('torch.')}")
-    if given.numel() == 0:
-        raise InputError(f"expected {name} without an empty dimension, got shape {list(given.shape)}")
-    tensor: Tensor = given.detach().resolve_neg()
+        raise InputError(f"expected {name} in one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.numel() == 0:
+        raise InputError(f"expected {name} without an empty dimension, got shape {list(tensor.shape)}")
     return tensor
 
 
@@ -302,7 +305,29 @@ def _convolution_shape(a: list[Tensor], d: list[Tensor], convolution: Convolutio
                     f"expected {name} with {tensors[0].shape[1]} channels divisible by groups = "
                     f"{convolution.groups}, got {tensor.shape[1]}"
                 )
-    return (d[0].shape[1], a[0].shape[1] // convolution.groups, *convolution.kernel_size)
+    for tensor in d:
+        _check_reach(convolution, tensor)
+    shape = (d[0].shape[1], a[0].shape[1] // convolution.groups, *convolution.kernel_size)
+    if math.prod(shape) >= _MOST_WEIGHTS:
+        raise InputError(f"expected a kernel of fewer than 2^40 weights, got {list(shape)}")
+    return shape
+
+
+def _check_reach(convolution: Convolution, output_grads: Tensor) -> None:
+    """Refuses windows whose positions, counted in 32 bits, run past 2^31 along an axis or in the plane."""
+    c = convolution
+    spans = [
+        stride * (out - 1) + dilation * (kernel - 1) + 1
+        for out, stride, kernel, dilation in zip(
+            output_grads.shape[2:], c.stride, c.kernel_size, c.dilation, strict=True
+        )
+    ]
+    ends = [span + pad for span, pad in zip(spans, c.padding, strict=True)]
+    if max(*ends, math.prod(spans)) >= 2**31:
+        raise InputError(
+            f"expected windows that reach over fewer than 2^31 positions of the padded plane, got {spans} with padding "
+            f"{list(c.padding)} for outputs {list(output_grads.shape[2:])}"
+        )
 
 
 def _values(convolution: Convolution | None) -> tuple[int, ...] | None:
@@ -334,15 +359,18 @@ def reduced(
     signed: bool,
     maps: list[Tensor],
 ) -> GradientMoments:
-    """Returns the moments from sums over the weights of gradients in units of 2^-exponent / group_size."""
+    """Returns the moments from sums over the weights of gradients in units of 2^-exponent / group_size.
+
+    Where a gradient is not finite, the padding of a tile may count as live.
+    """
     live, inverse, ratio, sigma, mean, *rest = sums
     log_unit = -exponent * math.log(2) - math.log(group_size)
     unit = math.ldexp(1.0, -exponent) / group_size
     return GradientMoments(
         numel=numel,
-        dead=numel - round(live),
-        log_sum_inverse_sigma=_log(inverse) - log_unit if live else None,
-        log_sum_mean_over_sigma=_log(ratio) if live else None,
+        dead=max(0, numel - round(live)),
+        log_sum_inverse_sigma=_log(inverse) - log_unit if live or math.isnan(inverse) else None,
+        log_sum_mean_over_sigma=_log(ratio) if live or math.isnan(ratio) else None,
         mean_sigma=sigma / numel * unit,
         mean_abs_gradient=mean / numel * unit,
         signed=_reduced_signed(rest, unit, numel, groups) if signed else None,
@@ -353,7 +381,7 @@ def reduced(
 def _reduced_signed(sums: list[float], unit: float, numel: int, groups: int) -> SignedMoments:
     live, ratio, mean, square, sigma, signs = sums
     return SignedMoments(
-        dead=numel - round(live),
+        dead=max(0, numel - round(live)),
         mean_signal_to_noise=ratio / live if live else None,
         mean_abs_mean=mean / numel * unit,
         mean_squared_mean=square / numel * unit * unit,

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import backends
 from ..errors import InputError
+from .arrays import as_tensor, refusals
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -205,17 +206,20 @@ class _RelativeAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         samples, tokens, width = qkv.shape
-        qkv = qkv.detach().contiguous()
-        tables = [t.detach().contiguous() for t in (key_vertical, key_horizontal, value_vertical, value_horizontal)]
+        qkv, *tables = (
+            as_tensor(t, "qkv and tables").contiguous()
+            for t in (qkv, key_vertical, key_horizontal, value_vertical, value_horizontal)
+        )
         out = qkv.new_empty(samples, tokens, width // 3)
         softmax = qkv.new_empty(samples, layout[0], tokens, 2, dtype=torch.float32)
         if qkv.device.type == "cpu" and samples > 0:
             from .. import _C
 
             threads = torch.get_num_threads()
-            size = _C.relative_attention_forward_bytes(qkv, tables, layout, threads)
-            workspace = torch.empty(size, dtype=torch.uint8)
-            _C.relative_attention_forward(qkv, tables, layout, scale, threads, out, softmax, workspace)
+            with refusals():
+                size = _C.relative_attention_forward_bytes(qkv, tables, layout, threads)
+                workspace = torch.empty(size, dtype=torch.uint8)
+                _C.relative_attention_forward(qkv, tables, layout, scale, threads, out, softmax, workspace)
         ctx.save_for_backward(qkv, softmax, *tables)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -233,7 +237,7 @@ class _RelativeAttention(torch.autograd.Function):
             threads = torch.get_num_threads()
             size = _C.relative_attention_backward_bytes(qkv, tables, ctx.layout, threads, any(wanted))
             workspace = torch.empty(size, dtype=torch.uint8)
-            grad_out = grad_out.detach().contiguous()
+            grad_out = as_tensor(grad_out, "grad_out").contiguous()
             _C.relative_attention_backward(
                 qkv, tables, ctx.layout, ctx.scale, threads, softmax, grad_out, grad_qkv, grad_tables, workspace
             )
@@ -255,8 +259,11 @@ class _TritonRelativeAttention(torch.autograd.Function):
     ) -> Tensor:
         from ..kernels import relative_attention as kernel
 
-        qkv = kernel.rows_apart(qkv.detach())
-        tables = [t.detach().contiguous() for t in (key_vertical, key_horizontal, value_vertical, value_horizontal)]
+        qkv = kernel.rows_apart(as_tensor(qkv, "qkv"))
+        tables = [
+            as_tensor(t, "tables").contiguous()
+            for t in (key_vertical, key_horizontal, value_vertical, value_horizontal)
+        ]
         ctx.heads, ctx.grid, ctx.scale = layout[0], layout[1:], scale
         out, softmax = kernel.forward(qkv, tables, ctx.heads, ctx.grid, scale)
         ctx.save_for_backward(qkv, out, softmax, *tables)
@@ -277,7 +284,7 @@ class _TritonRelativeAttention(torch.autograd.Function):
             ctx.scale,
             out,
             softmax,
-            grad_out.detach().contiguous(),
+            as_tensor(grad_out, "grad_out").contiguous(),
             (ctx.needs_input_grad[0], any(wanted)),
         )
         kept = [g if w else None for g, w in zip(grad_tables, wanted, strict=True)] if grad_tables else [None] * 4

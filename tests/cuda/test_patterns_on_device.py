@@ -127,15 +127,9 @@ def test_activations(guarded: None, dtype: torch.dtype, kind: str, samples: int)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ap.ACTIVATIONS)
-def test_in_place_and_special_values(guarded: None, dtype: torch.dtype, kind: str) -> None:
+def test_special_values(guarded: None, dtype: torch.dtype, kind: str) -> None:
     pre = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (33, 8, 40))].to(dtype)
     check_against_cpu(pre, kind, 33)
-    given = pre.cuda()
-    post, words = ap.activate_and_pack(given, kind, inplace=True)
-    assert post.data_ptr() == given.data_ptr()
-    again, same_words = ap.activate_and_pack(pre.cuda(), kind)
-    assert torch.equal(post.nan_to_num(), again.nan_to_num())
-    assert torch.equal(words, same_words)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -311,7 +305,7 @@ def test_more_than_2_31_elements() -> None:
         pytest.skip("needs 20 GiB of free memory")
     pre = torch.full((2, 2**30 + 1024), -1.0, dtype=torch.bfloat16, device="cuda")
     pre[1, -5:] = 1.0
-    post, words = ap.activate_and_pack(pre, "relu", inplace=True)
+    post, words = ap.activate_and_pack(pre, "relu")
     assert words.shape == (1, 2**30 + 1024)
     assert words[0, -6:].tolist() == [0, 2, 2, 2, 2, 2]
     assert int(post[:, :-5].max()) == 0

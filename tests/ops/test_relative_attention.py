@@ -196,6 +196,65 @@ def test_native_keeps_nan_in_its_sample(dtype):
     assert out[1].isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, 0xFFFFFFFF, 0x7F800001])
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_native_keeps_nan_of_any_payload(third, bits):
+    inputs = make_inputs(2, 1, 16, (3, 4), 2, dtype=torch.float32)
+    nan = torch.tensor([bits - 2**32 if bits >= 2**31 else bits], dtype=torch.int32).view(torch.float32)
+    with torch.no_grad():
+        inputs[0][1, 5, 16 * third : 16 * third + 16] = nan
+    qkv, kv, kh, vv, vh = inputs
+    out = relative_attention(qkv, (kv, kh), (vv, vh), heads=1, grid=(3, 4))
+    expected = relative_attention_torch(qkv, (kv, kh), (vv, vh), heads=1, grid=(3, 4))
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
+def test_native_reads_lazily_negated_tensors():
+    inputs = make_inputs(2, 2, 8, (3, 4), 2, dtype=torch.float32)
+    negated = [torch._neg_view(-t.detach()).requires_grad_() for t in inputs]
+    options = {"heads": 2, "grid": (3, 4)}
+    for got, expected in zip(
+        run(relative_attention, negated, **options), run(relative_attention, inputs, **options), strict=True
+    ):
+        assert torch.equal(got, expected)
+    qkv, kv, kh, vv, vh = inputs
+    grad = torch.randn(2, 13, 16)
+    gradients = [
+        torch.autograd.grad(relative_attention(qkv, (kv, kh), (vv, vh), **options), inputs, g)
+        for g in (-grad, torch._neg_view(grad))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_native_refuses_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        qkv, kv, kh, vv, vh = (torch.empty(s) for s in ((2, 13, 48), *[(6, 8)] * 4))
+    with pytest.raises(InputError):
+        relative_attention(qkv, (kv, kh), (vv, vh), heads=2, grid=(3, 4))
+
+
+def test_kernels_check_the_memory_they_are_given():
+    qkv, tables, layout = torch.zeros(2, 9, 48), [torch.zeros(6, 8)] * 4, (2, 2, 4)
+    out, softmax = torch.zeros(2, 9, 16), torch.zeros(2, 2, 9, 2)
+    space = torch.empty(_C.relative_attention_backward_bytes(qkv, tables, layout, 1, True), dtype=torch.uint8)
+    grads = [torch.zeros(6, 8) for _ in range(4)]
+    good = [qkv, tables, layout, 1.0, 1, out, softmax, space]
+    _C.relative_attention_forward(*good)
+    for place, bad in ((0, qkv.double()), (1, [torch.zeros(6, 7)] * 4), (2, (2, 2, 5)), (4, 0), (5, out[:1])):
+        with pytest.raises(ValueError, match=r"expected|must"):
+            _C.relative_attention_forward(*good[:place], bad, *good[place + 1 :])
+    for place, bad in ((6, softmax.double()), (7, space[:64])):
+        with pytest.raises(ValueError, match=r"expected|must"):
+            _C.relative_attention_forward(*good[:place], bad, *good[place + 1 :])
+    good = [qkv, tables, layout, 1.0, 1, softmax, out, torch.zeros_like(qkv), grads, space]
+    _C.relative_attention_backward(*good)
+    for place, bad in ((5, softmax[:1]), (6, out.half()), (7, out), (8, grads[:3]), (8, [out] * 4), (9, space[:64])):
+        with pytest.raises(ValueError, match=r"expected|must"):
+            _C.relative_attention_backward(*good[:place], bad, *good[place + 1 :])
+
+
 def test_native_reads_strided_tensors():
     inputs = make_inputs(4, 2, 8, (3, 4), 2, dtype=torch.float32)
     strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in inputs]
