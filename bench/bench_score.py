@@ -173,7 +173,7 @@ def _pattern_shares(subject: Subject, dtype: str, runs: int) -> dict[str, float]
 
 def _timed_parts(subject: Subject, dtype: str) -> dict[str, float]:
     parts = dict.fromkeys(("activations with packing", "activations alone", "counting"), 0.0)
-    originals = lswag.activate_and_pack, lswag.count_distinct
+    originals = lswag.activate_and_pack, lswag.count_patterns_device
 
     def timed(part: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -188,11 +188,11 @@ def _timed_parts(subject: Subject, dtype: str) -> dict[str, float]:
     def count(*arguments: Any) -> Any:
         return timed("counting", lambda: originals[1](*arguments))
 
-    lswag.activate_and_pack, lswag.count_distinct = activate, count
+    lswag.activate_and_pack, lswag.count_patterns_device = activate, count
     try:
         start = time.perf_counter()
         scoring.score(subject.supernet.subnet(ARCH), subject.images, subject.labels, dtype=dtype)
         whole = time.perf_counter() - start
     finally:
-        lswag.activate_and_pack, lswag.count_distinct = originals
+        lswag.activate_and_pack, lswag.count_patterns_device = originals
     return {"score": whole - parts["activations alone"], **parts}
