@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STORE ?= demo.db
 CUDA_ARCHITECTURES ?= 90a
+OUTPUT ?= build/gpu-results
 BIN := $(VENV)/bin
 CONSTRAINED := $(BIN)/pip install -q -c constraints.txt
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -38,7 +39,7 @@ bench-gpu:
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target build/gpu . \
 	    -C cmake.define.LSWAG_CUDA=on -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) \
 	    -C build-dir=build/gpu-objects
-	PYTHONPATH=build/gpu $(PYTHON) bench/gpu.py
+	PYTHONPATH=build/gpu $(PYTHON) bench/gpu.py --output $(OUTPUT)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,8 @@
 """Everything that only a GPU can show, in one command of at most eight minutes: `make bench-gpu`.
 
-In this order, each in a process of its own and each written as it comes: correctness on the device, the whole score,
-the kernels, the peers. A step that fails or runs out of time is recorded with its reason, and the next one runs.
+In this order, each in a process of its own and written as it comes: correctness on the device, the whole score, the
+kernels, the peers, some tests again under a memory checker. A step that fails or runs out of time is recorded with its
+reason, and the next one runs. Everything printed goes to a log a step in the output folder, results there too.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +27,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import float64_ranking as fixed
 import measure
 import per_sample_gradients
 import torch
 import torch.nn.functional as F
 from original_autoformer import original_candidate
+from rank_statistics import kendall_tau
 from torch import Tensor
 
 from lswag_fast import images, spaces
@@ -40,7 +47,7 @@ from lswag_fast.options import ScoreOptions
 from lswag_fast.spaces.autoformer_module import HEAD_DIM, mlp_width
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = {"correctness": 150, "memory checker": 40, "score": 90, "kernels": 60, "peers": 40}
+BUDGET = {"correctness": 160, "score": 100, "kernels": 60, "peers": 40, "memory checker": 50}
 """Seconds a step may take; with the build they are eight minutes."""
 MIDDLE = {
     name: {
@@ -59,71 +66,113 @@ MIDDLE = {
 ROUNDS = 20
 PRODUCT = 8192
 COPY_BYTES = 2**32
+CACHE_BYTES = 2**28
+"""Operands of one kernel are rotated through several times the cache."""
+SLEEP_CYCLES = 20_000_000
 
 
-def run(steps: Sequence[str]) -> int:
-    """Runs the steps and returns how many failed."""
+def run(steps: Sequence[str], folder: Path) -> int:
+    """Runs the steps, each in a process of its own, and returns how many failed."""
+    folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": measure.machine("cuda"), "steps": {}}
-    path = measure.write("cuda", "kernels", results)
     failed = 0
     for step in steps:
         print(f"== {step}", flush=True)
         started = time.monotonic()
-        outcome = _correctness() if step == "correctness" else _in_process(step)
-        outcome["seconds"] = time.monotonic() - started
+        outcome = _attempt(command_of(step, folder), step, folder)
+        rows = _rows_path(folder, step)
+        if rows.exists():
+            outcome |= json.loads(rows.read_text())
+        results["steps"][step] = {**outcome, "seconds": time.monotonic() - started}
         failed += not outcome["ok"]
-        results["steps"][step] = outcome
         path = measure.write("cuda", "kernels", results)
-        print(f"== {step}: {'ok' if outcome['ok'] else 'FAILED'} after {outcome['seconds']:.0f} s", flush=True)
+        shutil.copy(path, folder)
+        print(f"== {step}: {'ok' if outcome['ok'] else 'FAILED'}, {time.monotonic() - started:.0f} s", flush=True)
     print(path)
     return failed
 
 
-def _correctness() -> dict[str, Any]:
+def command_of(step: str, folder: Path) -> list[str] | None:
+    """Returns what a step runs; None where it cannot run here."""
+    if step in STEPS:
+        return [sys.executable, __file__, "--step", step, "--output", str(folder)]
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*on_device.py"))
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests]
-    found = _attempt(command, BUDGET["correctness"])
+    pytest = [sys.executable, "-P", "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", *tests]
+    if step == "correctness":
+        # Most of it is compiling, which several processes share.
+        return [*pytest, *(["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []), "--durations=15"]
     checker = shutil.which("compute-sanitizer")
-    if checker is None:
-        found["memory_checker"] = "not run: compute-sanitizer is not installed"
-        return found
-    command = [checker, "--error-exitcode", "9", *command, "-k", "hamming or groups_of_samples or made_to_collide"]
-    checked = _attempt(command, BUDGET["memory checker"])
-    return {**found, "ok": found["ok"] and checked["ok"], "memory_checker": checked}
+    some = "hamming or groups_of_samples or made_to_collide"
+    return None if checker is None else [checker, "--error-exitcode", "9", *pytest, "-k", some]
 
 
-def _in_process(step: str) -> dict[str, Any]:
-    found = _attempt([sys.executable, __file__, "--step", step], BUDGET[step])
-    lines = [line for line in found["output"] if line.startswith("{")]
-    return {**found, "output": found["output"] if not found["ok"] else [], **(json.loads(lines[-1]) if lines else {})}
+def _attempt(command: list[str] | None, step: str, folder: Path) -> dict[str, Any]:
+    """Runs a command within its time, everything that it prints in a file, and returns how it ended."""
+    if command is None:
+        return {"ok": True, "why": "not run: compute-sanitizer is not installed"}
+    log = folder / f"{step.replace(' ', '-')}.log"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if step == "memory checker":
+        # Blocks of a caching allocator hide where a tensor ends.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(BUDGET[step])
+            outcome = {"ok": code == 0, "exit_code": code}
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            outcome = {"ok": False, "why": f"stopped after {BUDGET[step]} s"}
+    print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
+    return outcome
 
 
-def _attempt(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        return {"ok": False, "why": f"stopped after {seconds} s", "output": text.splitlines()[-20:]}
-    lines = (process.stdout + process.stderr).splitlines()
-    print("\n".join(line for line in lines[-25:] if not line.startswith("{")), flush=True)
-    return {"ok": process.returncode == 0, "output": lines[-25:]}
+def _rows_path(folder: Path, step: str) -> Path:
+    return folder / f"{step}.json"
 
 
-def timed(call: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, float]:
-    """Returns the median seconds of a call on the device, and of its launch on the host."""
+class Rows:
+    """What a step has found so far: in a file after every row, so that a failure later loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {}
+
+    def add(self, value: Any, *keys: str) -> None:
+        """Keeps a value under its keys, and prints it."""
+        place = self.found
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = measure.rounded(value)
+        self.path.write_text(json.dumps(self.found))
+        print(*keys, json.dumps(place[keys[-1]]), flush=True)
+
+
+def timed(call: Callable[[], Any], rounds: int = ROUNDS, *, waits: bool = False) -> dict[str, float]:
+    """Returns the median seconds of a call on the device, and of its launch on the host.
+
+    The device first sleeps, longer than a launch takes, so that it is the device that is timed and not the launch; a
+    call that `waits` for the device is timed by the clock instead.
+    """
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     host = []
     for start, end in events:
-        torch.cuda.synchronize()
+        if not waits:
+            torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         began = time.perf_counter()
         call()
         host.append(time.perf_counter() - began)
         end.record()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+    if waits:
+        return {"seconds": median(host), "host_seconds": median(host)}
     return {"seconds": median(a.elapsed_time(b) for a, b in events) / 1e3, "host_seconds": median(host)}
 
 
@@ -137,47 +186,46 @@ def rates() -> dict[str, float]:
     return {"copy_bytes_per_second": copy, "bfloat16_flops_per_second": product}
 
 
-def score_step() -> dict[str, Any]:
-    """Returns how fast whole scores are beside plain passes, and how they rank."""
-    found: dict[str, Any] = {"rates": rates()}
+def score_step(rows: Rows) -> None:
+    """Finds how fast whole scores are beside plain passes, and how they rank."""
+    rates_here = rates()
+    rows.add(rates_here, "rates")
     for name in MIDDLE:
         subject = Subject(name, samples=64)
-        row = {
-            "score": timed(subject.score),
-            **{f"plain pass, {how}": timed(call) for how, call in subject.plain_passes().items()},
-        }
-        row["candidates_a_minute"] = 60 / max(row["score"].values())
-        row["floor_seconds"] = subject.floor(found["rates"])
-        found[name] = row
-        print(name, json.dumps(measure.rounded(row)), flush=True)
-    found["ranking"] = ranking()
-    return found
-
-
-def ranking() -> dict[str, Any]:
-    """Returns how the 200 fixed candidates rank against their float64 scores."""
-    import float64_ranking as fixed
-    from rank_statistics import kendall_tau
-
-    _, lines = fixed.read_scores()
-    data, net = fixed.batch(), fixed.supernet()
-    found = {}
+        score = timed(subject.score, waits=True)
+        rows.add(score, name, "score")
+        rows.add(60 / score["seconds"], name, "candidates a minute, one at a time")
+        rows.add(60 / subject.seconds_in_flight(), name, "candidates a minute, two in flight")
+        rows.add(subject.products_floor(rates_here), name, "floor_seconds_of_products_alone")
+        for how, call in subject.plain_passes().items():
+            rows.add(timed(call), name, f"plain pass, {how}")
+        rows.add(subject.profile(), name, "profile")
     for dtype in ("float32", "bfloat16"):
-        options = ScoreOptions(dtype=dtype, device="cuda").resolved(len(data.images))
-        engine = AutoFormerEngine(net, data.images, data.labels, None, options)
-        results = [engine.score(line["arch"]) for line in lines]
-        scores, exact = [r.lswag for r in results], [line["lswag"] for line in lines]
-        strata = {
-            str(key): kendall_tau([exact[i] for i in rows], [scores[i] for i in rows])
-            for key, rows in fixed.strata([line["arch"] for line in lines]).items()
-        }
-        found[dtype] = {
-            "tau": kendall_tau(exact, scores),
-            "tau_of_lowest_stratum": min(strata.values()),
-            "largest_error_of_a_log_term": max(map(fixed.log_term_error, results, lines)),
-            "same_bits_again": [engine.score(line["arch"]).lswag for line in lines[:20]] == scores[:20],
-        }
-    return found
+        rows.add(ranking(dtype), "ranking", dtype)
+
+
+def ranking(dtype: str) -> dict[str, Any]:
+    """Returns how the 200 fixed candidates rank against their float64 scores.
+
+    Where weights or images were drawn with other bits than those of the file, that is said: a rank then says little.
+    """
+    header, lines = fixed.read_scores()
+    data, net = fixed.batch(), fixed.supernet()
+    options = ScoreOptions(dtype=dtype, device="cuda").resolved(len(data.images))
+    engine = AutoFormerEngine(net, data.images, data.labels, None, options)
+    results = [engine.score(line["arch"]) for line in lines]
+    scores, exact = [r.lswag for r in results], [line["lswag"] for line in lines]
+    strata = [
+        kendall_tau([exact[i] for i in rows], [scores[i] for i in rows])
+        for rows in fixed.strata([line["arch"] for line in lines]).values()
+    ]
+    return {
+        "same_weights_as_the_file": net.digest() == header["computed_with"]["supernet_sha256"],
+        "tau": kendall_tau(exact, scores),
+        "tau_of_lowest_stratum": min(strata),
+        "largest_error_of_a_log_term": max(map(fixed.log_term_error, results, lines)),
+        "same_bits_again": [engine.score(line["arch"]).lswag for line in lines[:20]] == scores[:20],
+    }
 
 
 class Subject:
@@ -203,8 +251,38 @@ class Subject:
         passes = {"published formulation": published.to("cuda", torch.bfloat16), "space.build": own}
         return {how: partial(_plain_pass, model, self.images, self.labels) for how, model in passes.items()}
 
-    def floor(self, rates: dict[str, float]) -> float:
-        """Returns the seconds of the multiplications alone: one forward and backward pass."""
+    def seconds_in_flight(self, candidates: int = 64) -> float:
+        """Returns the seconds a candidate over different ones, of which two are under way at a time."""
+        archs = list(self.space.sample(candidates, seed=1))
+        pending: deque[Any] = deque()
+        for arch in archs[:8]:
+            self.engine.score(arch)
+        started = time.perf_counter()
+        for arch in archs:
+            pending.append(self.engine.launch(arch))
+            if len(pending) == 2:
+                pending.popleft().finish()
+        while pending:
+            pending.popleft().finish()
+        return (time.perf_counter() - started) / candidates
+
+    def peer(self, how: str) -> Callable[[], Any]:
+        """Returns a run of another way to Lambda, on the published formulation in bfloat16."""
+        published = original_candidate(self.space, self.arch, self.supernet.subnet(self.arch).state_dict())
+        model = per_sample_gradients.with_plain_modules(published.to("cuda", torch.bfloat16))
+        run: Callable[[], Any] = getattr(per_sample_gradients, how)(model, self.images, self.labels)
+        return run
+
+    def profile(self) -> dict[str, float]:
+        """Returns the device's milliseconds in one score, by kernel, of those that take most."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            self.score()
+        events = [(e.key[:80], e.self_device_time_total / 1e3) for e in profiler.key_averages()]
+        return dict(sorted(events, key=lambda event: -event[1])[:25])
+
+    def products_floor(self, rates: dict[str, float]) -> float:
+        """Returns the seconds of the multiplications of one forward and backward pass, memory left out."""
         return 6 * self.space.macs(self.arch) * self.samples / rates["bfloat16_flops_per_second"]
 
 
@@ -213,42 +291,30 @@ def _plain_pass(model: torch.nn.Module, pictures: Tensor, labels: Tensor) -> Non
     model.zero_grad(set_to_none=True)
 
 
-def peers_step() -> dict[str, Any]:
-    """Returns the time of Lambda by torch.func's vmap over whole per-sample gradients, and who is missing."""
-    found: dict[str, Any] = {"not_measured": {}}
-    for package in ("opacus", "backpack"):
-        if find_spec(package) is None:
-            found["not_measured"][package] = "not installed here"
+def peers_step(rows: Rows) -> None:
+    """Finds the time of Lambda by other ways to per-sample gradients, and which of them cannot run here."""
     for name in ("autoformer-tiny", "autoformer-small"):
         subject = Subject(name, samples=16)
-        published = original_candidate(subject.space, subject.arch, subject.supernet.subnet(subject.arch).state_dict())
-        model = per_sample_gradients.with_plain_modules(published.to("cuda", torch.bfloat16))
-        found[name] = {"samples": 16, "score": timed(subject.score, 10)}
-        for how in ("torch_func", "loop", *(p for p in ("opacus", "backpack") if p not in found["not_measured"])):
-            call = getattr(per_sample_gradients, how)(model, subject.images, subject.labels)
+        rows.add(timed(subject.score, 10, waits=True), name, "score, S = 16")
+        for how in ("torch_func", "loop", "opacus", "backpack"):
             try:
-                found[name][how] = timed(call, 3)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                found["not_measured"][f"{how}, {name}"] = str(error).splitlines()[0]
-        print(name, json.dumps(measure.rounded(found[name])), flush=True)
-    return found
+                rows.add(timed(subject.peer(how), 3, waits=True), name, how)
+            except Exception as error:  # a package that is missing, or that cannot run this network here
+                rows.add(f"not measured: {error}".splitlines()[0], name, how)
 
 
-def kernels_step() -> dict[str, Any]:
-    """Returns the time of every kernel at the shapes of each middle candidate, and its share of its floor."""
-    found: dict[str, Any] = {"rates": rates()}
+def kernels_step(rows: Rows) -> None:
+    """Finds the time of every kernel at the shapes of each middle candidate, and its share of its floor."""
+    peaks = rates()
+    rows.add(peaks, "rates")
     for name in MIDDLE:
-        rows: dict[str, Any] = {}
         for case in cases(MIDDLE[name], samples=64):
-            row = {**timed(rotating([case.make() for _ in range(case.sets)])), "flops": case.flops, "bytes": case.bytes}
-            floor = max(
-                case.flops / found["rates"]["bfloat16_flops_per_second"],
-                case.bytes / found["rates"]["copy_bytes_per_second"],
-            )
-            rows[case.name] = {**row, "share_of_floor": floor / row["seconds"]}
-            print(name, case.name, json.dumps(measure.rounded(rows[case.name])), flush=True)
-        found[name] = rows
-    return found
+            sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
+            row = timed(rotating([case.make() for _ in range(sets)]))
+            products = case.flops / peaks["bfloat16_flops_per_second"]
+            floor = max(products, case.bytes / peaks["copy_bytes_per_second"])
+            facts = {"flops": case.flops, "bytes": case.bytes, "share_of_floor": floor / row["seconds"]}
+            rows.add({**row, **facts, "share_of_matrix_rate": products / row["seconds"]}, name, case.name)
 
 
 def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -265,7 +331,6 @@ class Case:
     make: Callable[[], Callable[[], Any]]
     flops: float
     bytes: float
-    sets: int = 4
 
 
 def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[Case]:
@@ -312,8 +377,8 @@ def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[
     yield Case("attention, backward", partial(attention, backward=True), 10 * products, rows * inner * 16)
     for count in (16, 24, 64):
         positions = sum(tokens * mlp_width(embed, ratio) for ratio in ratios)
-        yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8, 1)
-    yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8, 1)
+        yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8)
+    yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
     shapes = [
         shape
         for h, ratio in zip(heads, ratios, strict=True)
@@ -329,7 +394,6 @@ def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[
         ),
         sum(2 * rows * o * i for o, i in shapes),
         sum(2 * rows * (o + i) for o, i in shapes),
-        1,
     )
 
 
@@ -341,21 +405,22 @@ def _counting(arch: Mapping[str, Any], samples: int, tokens: int, *, hamming: bo
     return partial(hamming_kernel if hamming else count_patterns_device, words, samples)
 
 
-STEPS: dict[str, Callable[[], dict[str, Any]]] = {"score": score_step, "kernels": kernels_step, "peers": peers_step}
+STEPS: dict[str, Callable[[Rows], None]] = {"score": score_step, "kernels": kernels_step, "peers": peers_step}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", choices=STEPS, help="run this step in this process and print it as JSON")
-    parser.add_argument("--only", choices=("correctness", *STEPS), action="append", help="run only these steps")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-results", help="logs, and results again")
+    parser.add_argument("--only", choices=BUDGET, action="append", help="run only these steps")
+    parser.add_argument("--step", choices=STEPS, help="run this step in this process")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("make bench-gpu measures a CUDA device, and torch finds none here")
     if arguments.step:
         warnings.simplefilter("ignore")
-        print(json.dumps(measure.rounded(STEPS[arguments.step]())))
+        STEPS[arguments.step](Rows(_rows_path(arguments.output, arguments.step)))
         return
-    sys.exit(1 if run(arguments.only or ("correctness", *STEPS)) else 0)
+    sys.exit(1 if run(arguments.only or list(BUDGET), arguments.output) else 0)
 
 
 if __name__ == "__main__":

@@ -148,20 +148,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
 def torch_settings() -> Iterator[None]:
     """Gradients on, autocast off, deterministic algorithms and IEEE float32 products; everything put back after."""
     precisions = [(backend, backend.fp32_precision) for backend in _FLOAT32_BACKENDS]
-    precision = None if precisions else torch.get_float32_matmul_precision()
+    matmul, convolution = _older_settings()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = _deterministic.fill_uninitialized_memory
     workspace = os.environ.get(_CUBLAS)
     try:
+        # Where torch has both, operations fail unless the older settings say the same as the newer.
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = False
         for backend in _FLOAT32_BACKENDS:
             backend.fp32_precision = "ieee"
-        if precision:
-            torch.set_float32_matmul_precision("highest")
         # Filling fresh memory with NaN is part of deterministic mode, and would cost a pass over every tensor.
         _deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # torch asks for this before it calls a matrix product on CUDA deterministic, and reads it at each one.
+        # Without this some versions of torch call no matrix product on CUDA deterministic, and warn.
         os.environ.setdefault(_CUBLAS, ":4096:8")
         with (
             torch.inference_mode(False),
@@ -175,7 +178,23 @@ def torch_settings() -> Iterator[None]:
             os.environ.pop(_CUBLAS, None)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         _deterministic.fill_uninitialized_memory = fill
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = convolution
         for backend, value in precisions:
             backend.fp32_precision = value
-        if precision:
-            torch.set_float32_matmul_precision(precision)
+
+
+def _older_settings() -> tuple[str | None, bool | None]:
+    """Returns the precision of float32 products, and whether convolutions may take TF32; None where torch cannot say.
+
+    It cannot where somebody set only the newer ones.
+    """
+    found: list[Any] = []
+    for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append(None)
+    return found[0], found[1]

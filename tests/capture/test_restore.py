@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lswag_fast
+from lswag_fast.capture.sandbox import torch_settings
 
 
 class Stubborn(networks.Convolutions):
@@ -170,3 +171,18 @@ def test_precision_set_for_one_backend_is_lifted_and_put_back() -> None:
         assert convolutions.fp32_precision == "bf16"
     finally:
         convolutions.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_older_and_newer_settings_of_precision_agree_inside(precision: str) -> None:
+    """Where they contradict each other, torch's operations on CUDA raise."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with torch_settings():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

