@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from measure import write
-from rank_statistics import kendall_tau
 from torch import Tensor, nn
 
 import lswag_fast
 from lswag_fast import images, reference, spaces
+from lswag_fast.correlation import kendall_tau
 from lswag_fast.options import DEFINITION_VERSION
 from lswag_fast.spaces.autoformer import AutoFormerSupernet
 

@@ -33,10 +33,10 @@ import per_sample_gradients
 import torch
 import torch.nn.functional as F
 from original_autoformer import original_candidate
-from rank_statistics import kendall_tau
 from torch import Tensor
 
 from lswag_fast import images, spaces
+from lswag_fast.correlation import kendall_tau
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.ops.activation_patterns import activate_and_pack, count_patterns_device, hamming_kernel, pack_signs
 from lswag_fast.ops.gelu import activation_backward

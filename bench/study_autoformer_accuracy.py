@@ -17,9 +17,9 @@ import measure
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rank_statistics import Floats, bootstrap, partial_spearman, spearman
 
 from lswag_fast import Scorer, images, spaces
+from lswag_fast.correlation import Floats, bootstrap, partial_spearman, spearman
 
 NAME = "autoformer-tiny-accuracy"
 TABLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "vit" / "autoformer_tiny_accuracy.jsonl"

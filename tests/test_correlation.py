@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_statistics import bootstrap, kendall_tau, partial_spearman, ranks, spearman
+
+from lswag_fast.correlation import bootstrap, kendall_tau, partial_spearman, ranks, spearman
 
 pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=12)
 
