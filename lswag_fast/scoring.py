@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import resolve_device
@@ -21,9 +20,10 @@ from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .errors import InputError
+from .losses import CrossEntropy, class_labels
 from .options import Numerator, Pooling, ScoreOptions
-from .proxies.lswag import LswagStatistics, percentile
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
+from .proxies.statistics import LswagStatistics, percentile
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -140,49 +140,6 @@ def check_images(images: Tensor, device: str) -> None:
         bad = torch.nonzero(~finite).flatten().tolist()
         shown = ", ".join(str(i) for i in bad[:5]) + (" ..." if len(bad) > 5 else "")
         raise InputError(f"images must be finite, but NaN or Inf is in image {shown}; leave it out or mend it")
-
-
-class CrossEntropy:
-    """The default loss: cross-entropy of logits [S, classes], one value a sample, in float32."""
-
-    classes = 0
-
-    def __call__(self, output: Any, labels: Tensor) -> Tensor:
-        """Returns [S] losses; raises InputError where the output holds no logits [S, classes]."""
-        logits = logits_of(output)
-        self.classes = logits.shape[1]
-        return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def logits_of(output: Any) -> Tensor:
-    """Returns the logits [S, classes] of a model's output: itself, its `.logits`, or the first of a tuple."""
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, dict) and "logits" in logits:
-        logits = logits["logits"]
-    if isinstance(logits, tuple | list) and logits:
-        logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise InputError(
-            f"the default loss, cross-entropy, takes logits [S, classes] of two or more classes, but the model "
-            f"returns {describe(logits)}; pass loss=callable(output, labels) that returns one loss a sample, [S]"
-        )
-    return logits
-
-
-def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -> Tensor:
-    """Returns labels [S] int64: those given, checked, or uniform ones drawn from `seed` on the CPU."""
-    if labels is None:
-        return torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(seed))
-    if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.is_complex() or tuple(labels.shape) != (samples,):
-        raise InputError(
-            f"expected integer labels [S] with the S of images ({samples}), got {list(labels.shape)} of {labels.dtype}"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes, got {low} to {high}")
-    return labels.long()
 
 
 def result_of(

@@ -20,9 +20,10 @@ from .. import scoring
 from ..capture import Activation, Layer, Plan, SampleAxis
 from ..capture.run import check_losses
 from ..capture.sandbox import torch_settings
+from ..losses import CrossEntropy, class_labels
 from ..options import ScoreOptions
-from ..proxies.lswag import LswagStatistics, percentile
 from ..proxies.result import LswagResult
+from ..proxies.statistics import LswagStatistics, percentile
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, Weights
@@ -54,9 +55,9 @@ class AutoFormerEngine:
         self._weights = Weights(supernet.cast(dtype).to(options.device).state_dict())
         self._patches = _patches(images.to(options.device), sizes["patch_size"]).to(dtype)
         if loss is None:
-            labels = scoring.class_labels(labels, len(images), self._classes, options.seed)
+            labels = class_labels(labels, len(images), self._classes, options.seed)
         self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
-        self._loss: Loss = scoring.CrossEntropy() if loss is None else loss
+        self._loss: Loss = CrossEntropy() if loss is None else loss
 
     def score(self, arch: Arch) -> LswagResult:
         """Returns the score of a candidate in canonical form.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import scoring
 from ..backends import resolve_device
 from ..errors import InputError, StoreError
+from ..losses import class_labels
 from ..options import ScoreOptions
 from ..proxies.result import LswagResult
 from ..records import Record
@@ -260,4 +261,4 @@ def _check_labels(labels: Tensor | None, samples: int, loss: Loss | None, num_cl
         given = f"{list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(f"labels must be a tensor with one entry an image, [{samples}, ...], got {given}")
     if loss is None and num_classes is not None:
-        scoring.class_labels(labels, samples, num_classes, seed=0)
+        class_labels(labels, samples, num_classes, seed=0)

@@ -14,8 +14,8 @@ from lswag_fast import Scorer, spaces
 from lswag_fast.capture import Sandbox, trace
 from lswag_fast.engine.autoformer import AutoFormerEngine, engine_for
 from lswag_fast.errors import ScoreError
+from lswag_fast.losses import CrossEntropy
 from lswag_fast.options import ScoreOptions
-from lswag_fast.scoring import CrossEntropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Psi is at:UserWarning")
 

@@ -1,0 +1,55 @@
+"""The default loss, and the logits and labels it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .capture.trace import describe
+from .errors import InputError
+
+
+class CrossEntropy:
+    """The default loss: cross-entropy of logits [S, classes], one value a sample, in float32."""
+
+    classes = 0
+
+    def __call__(self, output: Any, labels: Tensor) -> Tensor:
+        """Returns [S] losses; raises InputError where the output holds no logits [S, classes]."""
+        logits = logits_of(output)
+        self.classes = logits.shape[1]
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns the logits [S, classes] of a model's output: itself, its `.logits`, or the first of a tuple."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, dict) and "logits" in logits:
+        logits = logits["logits"]
+    if isinstance(logits, tuple | list) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise InputError(
+            f"the default loss, cross-entropy, takes logits [S, classes] of two or more classes, but the model "
+            f"returns {describe(logits)}; pass loss=callable(output, labels) that returns one loss a sample, [S]"
+        )
+    return logits
+
+
+def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -> Tensor:
+    """Returns labels [S] int64: those given, checked, or uniform ones drawn from `seed` on the CPU."""
+    if labels is None:
+        return torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(seed))
+    if not isinstance(labels, Tensor):
+        labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex() or tuple(labels.shape) != (samples,):
+        raise InputError(
+            f"expected integer labels [S] with the S of images ({samples}), got {list(labels.shape)} of {labels.dtype}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes, got {low} to {high}")
+    return labels.long()

@@ -1,0 +1,53 @@
+"""What the shared pass collected of one network, as proxies read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from ..ops.activation_patterns import hamming_kernel
+from ..ops.gradient_moments import GradientMoments
+from .network import Network
+
+
+@dataclass(frozen=True)
+class GradientSums:
+    """The gradient g of the batch's mean loss at one weight w, reduced over its entries."""
+
+    norm: float  # sqrt(sum of g^2)
+    saliency: float  # sum of g * w
+    absolute_saliency: float  # sum of |g * w|
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One weight; what no proxy asked for is None."""
+
+    name: str
+    weight: Tensor  # the whole parameter, in the dtype of the score
+    moments: GradientMoments | None  # None, too, where the loss does not reach the weight
+    gradient: GradientSums | None
+    channel_saliency: float | None
+    """0.5 * sum over output channels c of mean over samples n of (sum over positions of y * d)^2, where y is the
+    output of the layer and d the gradient of the batch's mean loss there."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One network's evidence: all layers in order of first use, and the patterns of all activations."""
+
+    layers: tuple[LayerEvidence, ...]
+    trainability: float  # Lambda, as the options of the score have it
+    expressivity: int  # Psi, likewise
+    parameters: int
+    multiply_adds: int  # of one image
+    words: tuple[Tensor, ...]  # of each activation, packed as in ops/activation_patterns.py
+    pattern_samples: int
+    network: Network
+
+    @cached_property
+    def agreements(self) -> Tensor:
+        """[pattern_samples, pattern_samples] int64: the positions at which each two samples agree in sign."""
+        return hamming_kernel(self.words, self.pattern_samples)

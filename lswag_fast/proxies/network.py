@@ -1,0 +1,84 @@
+"""The network and its batch, for proxies that run passes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Plan, Sandbox
+from ..errors import InputError
+from ..losses import logits_of
+from .proxy import UnavailableError
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Network:
+    """Runs a network on copies of its parameters and buffers: no pass leaves a trace in the model or in another pass.
+
+    While proxies are computed, dropout is off, batch normalisation keeps its mode, and torch computes in IEEE float32
+    and deterministically.
+
+    Attributes:
+        model: the module, for its structure; its own parameters must not be handed to an operation.
+        plan: its layers and activations, by first use.
+        images: [S, ...] in `dtype`.
+        labels: as the loss takes them.
+        dtype: of the score.
+        seed: of the score, for what a proxy draws; draw on the CPU in float32.
+    """
+
+    def __init__(self, sandbox: Sandbox, plan: Plan, images: Tensor, labels: Any, loss: Loss, seed: int) -> None:
+        self.model: nn.Module = sandbox.model
+        self.plan = plan
+        self.dtype = sandbox.dtype
+        self.images = images.detach().to(sandbox.dtype)
+        self.labels = labels
+        self.seed = seed
+        self._loss = loss
+        self._sandboxes = {sandbox.dtype: sandbox}
+
+    def parameters(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Returns the parameters by name in `dtype` (None: that of the score), shared by all callers: do not write."""
+        return self._sandbox(dtype).parameters
+
+    def run(
+        self, images: Tensor, parameters: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None
+    ) -> Any:
+        """Returns the output of the network on `images` [s, ...], which need not be those of the batch.
+
+        `parameters` stand in for those of the same name, and may require gradients; normalisation layers with running
+        statistics keep their parameters and buffers in float32 whatever the dtype.
+        """
+        sandbox = self._sandbox(dtype)
+        buffers = {name: buffer.clone() for name, buffer in sandbox.buffers.items()}
+        return sandbox.run({**sandbox.parameters, **(parameters or {})}, buffers, images)
+
+    def losses(self, output: Any, labels: Any = None) -> Tensor:
+        """Returns one loss a sample [S] of an output on the batch (or on samples with these labels)."""
+        return self._loss(output, self.labels if labels is None else labels)
+
+    def logits(self, output: Any) -> Tensor:
+        """Returns the logits [s, classes] of an output; raises UnavailableError where it has none."""
+        try:
+            return logits_of(output)
+        except InputError as error:
+            raise UnavailableError("it is defined on logits [S, classes], which the model does not return") from error
+
+    @cached_property
+    def input_jacobian(self) -> Tensor:
+        """[S, values of an image] float32: the gradient at each image of the sum of its logits, in one pass."""
+        images = self.images.clone().requires_grad_()
+        total = self.logits(self.run(images)).float().sum()
+        (jacobian,) = torch.autograd.grad(total, images)
+        return jacobian.flatten(1).float()
+
+    def _sandbox(self, dtype: torch.dtype | None) -> Sandbox:
+        wanted = self.dtype if dtype is None else dtype
+        if wanted not in self._sandboxes:
+            self._sandboxes[wanted] = Sandbox(self.model, wanted)
+        return self._sandboxes[wanted]

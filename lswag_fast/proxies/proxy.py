@@ -1,0 +1,49 @@
+"""What a proxy is: its name and source, what it needs from the shared pass, and how it is reduced to one number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, is_dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from .evidence import Evidence
+
+
+class Need(Enum):
+    """What the shared forward and backward pass can collect for a proxy, layer by layer."""
+
+    MOMENTS = auto()  # of |g| over the groups, of every weight
+    SIGNED = auto()  # of g over the groups, of every weight
+    GRADIENT = auto()  # of the batch's mean loss, reduced against the weight itself
+    OUTPUTS = auto()  # the output of every layer against the gradient there
+    PATTERNS = auto()  # the signs of every activation, packed across samples
+
+
+class UnavailableError(Exception):
+    """A proxy has no value for a network; the text says why. The result then holds NaN, and a warning with the text."""
+
+
+class Proxy(ABC):
+    """A zero-cost proxy. A subclass is a frozen dataclass, whose fields are the options of the proxy.
+
+    Higher values are better, as the source of the proxy has it; a source in which lower is better is said so in the
+    docstring of the subclass, and its value is that of the source.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """Authors, venue, year, and where in it."""
+    gradient_based: ClassVar[bool]
+    """Whether a backward pass is needed."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What to collect in the shared pass; a proxy that needs nothing of it runs passes of its own, or none."""
+
+    @abstractmethod
+    def value(self, evidence: Evidence) -> float:
+        """Returns the value for one network. Raises UnavailableError where it has none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns name and options as plain values that JSON can hold."""
+        return {"name": self.name, **(asdict(self) if is_dataclass(self) else {})}

@@ -1,0 +1,48 @@
+"""The proxies by name. One line a proxy; a module is imported when its proxy is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from ..errors import InputError
+from .proxy import Proxy
+
+_HOMES = {
+    "lswag": "lswag.Lswag",
+    "lambda": "lswag.Trainability",
+    "psi": "lswag.Expressivity",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Returns the name of every proxy."""
+    return tuple(_HOMES)
+
+
+def get(name: str) -> type[Proxy]:
+    """Returns the class of a proxy; raises InputError for a name that is none."""
+    if name not in _HOMES:
+        raise InputError(f"no proxy is called {name!r}; there are {', '.join(_HOMES)}")
+    module, kind = _HOMES[name].split(".")
+    found: type[Proxy] = getattr(import_module(f".{module}", __package__), kind)
+    return found
+
+
+def chosen(proxies: Sequence[str | Proxy] | str) -> tuple[Proxy, ...]:
+    """Returns the proxies of a mixed sequence of names (default options) and proxies, in its order.
+
+    Raises InputError for an unknown name, a value that is no proxy, and a name that comes twice.
+    """
+    if isinstance(proxies, str | Proxy):
+        raise InputError(f"proxies is a sequence of names or proxies, got {proxies!r}; write ({proxies!r},)")
+    found = [p if isinstance(p, Proxy) else get(p) if isinstance(p, str) else p for p in proxies]
+    taken: list[Proxy] = []
+    for proxy in found:
+        made = proxy() if isinstance(proxy, type) and issubclass(proxy, Proxy) else proxy
+        if not isinstance(made, Proxy):
+            raise InputError(f"proxies holds {made!r}, which is neither a name ({', '.join(_HOMES)}) nor a proxy")
+        if made.name in (p.name for p in taken):
+            raise InputError(f"proxies holds {made.name!r} twice; score twice for two sets of its options")
+        taken.append(made)
+    return tuple(taken)
