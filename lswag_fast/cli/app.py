@@ -67,6 +67,9 @@ def score(
         int | None,
         typer.Option(help="Count patterns over the first images only; 18 to 24 keeps Psi off its bounds."),
     ] = None,
+    proxies: Annotated[
+        str, typer.Option(help="Other proxies to compute too, with commas between; `lswag-fast proxies` lists them.")
+    ] = "",
     top: Annotated[int, typer.Option(min=0, help="Rows of the table at the end.")] = 10,
     as_json: JsonOption = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score failed candidates again.")] = False,
@@ -94,6 +97,7 @@ def score(
             "window": window,
             "pooling": pooling,
             "pattern_samples": pattern_samples,
+            "proxies": ("lswag", *(name for name in proxies.replace(" ", "").split(",") if name not in ("", "lswag"))),
         },
         top=top,
         as_json=as_json,
@@ -108,12 +112,13 @@ def top(
     store: StoreOption = Path("scores.db"),
     n: Annotated[int, typer.Option("-n", min=1, help="Rows.")] = 10,
     context: Annotated[str, typer.Option(help="Settings to rank, by the first characters of their id.")] = "",
+    by: Annotated[str, typer.Option(help="The proxy to rank by.")] = "lswag",
     as_json: JsonOption = False,
 ) -> None:
     """Shows the best candidates of a store: those of the newest settings, or of --context."""
     from .tables import show_top
 
-    show_top(store, n, context, as_json=as_json)
+    show_top(store, n, context, by, as_json=as_json)
 
 
 @app.command()
@@ -136,6 +141,14 @@ def spaces(as_json: JsonOption = False) -> None:
     from .tables import show_spaces
 
     show_spaces(as_json=as_json)
+
+
+@app.command()
+def proxies(as_json: JsonOption = False) -> None:
+    """Lists the proxies, and where each comes from."""
+    from .tables import show_proxies
+
+    show_proxies(as_json=as_json)
 
 
 @app.command()

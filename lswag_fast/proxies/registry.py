@@ -12,6 +12,19 @@ _HOMES = {
     "lswag": "lswag.Lswag",
     "lambda": "lswag.Trainability",
     "psi": "lswag.Expressivity",
+    "zico": "zico.Zico",
+    "swap": "swap.Swap",
+    "reg_swap": "swap.RegSwap",
+    "nwot": "nwot.Nwot",
+    "grad_norm": "grad_norm.GradNorm",
+    "snip": "snip.Snip",
+    "plain": "plain.Plain",
+    "fisher": "fisher.Fisher",
+    "gradsign": "gradsign.GradSign",
+    "gsnr": "gsnr.Gsnr",
+    "l2_norm": "l2_norm.L2Norm",
+    "params": "counts.Parameters",
+    "flops": "counts.Flops",
 }
 
 
