@@ -90,7 +90,8 @@ def show_spaces(*, as_json: bool) -> None:
         least, most = row["multiply_adds"]
         options = short_arch(row["options"])
         parameters, macs = f"{low / 1e6:.1f} to {high / 1e6:.1f} M", f"{least / 1e9:.2f} to {most / 1e9:.2f} G"
-        table.add_row(row["name"], f"{row['candidates']:.3g}", parameters, macs, options)
+        count = row["candidates"]
+        table.add_row(row["name"], f"{count:.3g}" if count >= 1e6 else f"{count:,}", parameters, macs, options)
     _console().print(table)
 
 
