@@ -2,7 +2,7 @@
 
 A launch makes one table on the host, copies it once, and starts three to a handful of kernels; nothing is read back
 before `finish`. Programs hold their tiles in registers: beyond operands there are the table (about 0.5 KB a weight)
-and 40 bytes a tile.
+and 40 bytes a tile, 88 where signed moments are asked for.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import InputError
-from . import gradient_moments as kernels
+from .gradient_moments import moments_of_tiles
+from .gradient_moments_shared import OPERAND_FIELDS, largest_magnitudes, sums_of_tiles
 from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, tile_for
 from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of
+from .gradient_moments_windows import moments_of_windows
 
 FEW_GROUPS = 3
 SAMPLED_ELEMENTS = 1 << 16
@@ -49,9 +51,9 @@ class Weight:
     dilation: tuple[int, int] = (1, 1)
     channel_groups: int = 1
     tf32: bool = False
-    sigma: Tensor | None = None
-    """Where the map of sigma goes, float64 and contiguous, with `mean` beside it; or None."""
-    mean: Tensor | None = None
+    signed: bool = False
+    maps: Tensor | None = None
+    """Where the maps go, float64 [2 or (signed) 5, numel] in the order of MomentMaps, contiguous; or None."""
 
     @property
     def height(self) -> int:
@@ -74,6 +76,7 @@ class _Form:
     kind: str
     unit: int
     maps: bool
+    signed: bool
 
 
 @dataclass
@@ -87,12 +90,12 @@ class _Plan:
 
 @dataclass(frozen=True)
 class Launched:
-    """What runs on the device: read `results` float64 [weights, 8] when it is done; operands are kept alive here."""
+    """What runs on the device, and the operands it reads: `results` are float64 [weights, 8 or (signed) 14]."""
 
     results: Tensor
     weights: Sequence[Weight]
     everything_seen: Sequence[bool]
-    held: Sequence[Tensor]
+    held: Sequence[Tensor | None]
 
 
 def launch(weights: Sequence[Weight], *, every_element: bool = False) -> Launched:
@@ -118,11 +121,15 @@ def _start(weights: Sequence[Weight], plans: Sequence[_Plan], *, every_element: 
         problems, uses, ends, operands, slots = sections
         magnitudes = slots.view(torch.int32)
         partials = torch.empty(plans[-1].end_tile * 5, dtype=torch.float64, device=device)
-        results = torch.empty(len(weights), 8, dtype=torch.float64, device=device)
+        signed = any(weight.signed for weight in weights)
+        signed_partials = torch.empty(plans[-1].end_tile * 6, dtype=torch.float64, device=device) if signed else None
+        results = torch.empty(len(weights), 14 if signed else 8, dtype=torch.float64, device=device)
         _find_magnitudes(weights, operands, magnitudes)
-        _work_through(plans, (problems, uses, ends, magnitudes, partials), device)
-        kernels.sums_of_tiles[(len(weights),)](problems, magnitudes, partials, results, BLOCK=SUMS_BLOCK, num_warps=4)
-    return Launched(results, weights, seen, (table, on_device, partials))
+        _work_through(plans, (problems, uses, ends, magnitudes, partials), signed_partials, device)
+        sums_of_tiles[(len(weights),)](
+            problems, magnitudes, partials, signed_partials, results, BLOCK=SUMS_BLOCK, SIGNED=signed, num_warps=4
+        )
+    return Launched(results, weights, seen, (table, on_device, partials, signed_partials))
 
 
 def workspace_bytes(weights: Sequence[Weight]) -> int:
@@ -130,7 +137,8 @@ def workspace_bytes(weights: Sequence[Weight]) -> int:
     device = weights[0].inputs[0].device
     plans = _plans(weights, _architecture(device))
     table, _, _ = _table(weights, plans, every_element=False)
-    return table.numel() * 8 + plans[-1].end_tile * 40 + len(weights) * 64
+    tile, weight = (88, 112) if any(w.signed for w in weights) else (40, 64)
+    return table.numel() * 8 + plans[-1].end_tile * tile + len(weights) * weight
 
 
 @cache
@@ -182,7 +190,7 @@ def _form(weight: Weight) -> _Form:
     contiguous = a.stride(1) == 1 and d.stride(1) == 1
     windows = not (linear and rows_in_line and contiguous and len(weight.inputs) == 1 and a.dtype == d.dtype)
     unit = 1 if windows else _unit(a, d)
-    return _Form(windows, a.dtype, d.dtype, _kind(weight), unit, weight.sigma is not None)
+    return _Form(windows, a.dtype, d.dtype, _kind(weight), unit, weight.maps is not None, weight.signed)
 
 
 def _unit(a: Tensor, d: Tensor) -> int:
@@ -200,7 +208,9 @@ def _plans(weights: Sequence[Weight], architecture: int) -> list[_Plan]:
     for slot, weight in enumerate(weights):
         form = _form(weight)
         if form not in plans:
-            tile = tile_for(architecture, form.kind, windows=form.windows, unit=form.unit)
+            tile = tile_for(
+                architecture, form.kind, windows=form.windows, unit=form.unit, signed=form.signed, maps=form.maps
+            )
             plans[form] = _Plan(form, tile)
         plans[form].slots.append(slot)
     # Tiles that take long come first, so that the last ones to end are short.
@@ -276,8 +286,8 @@ def _problem(weight: Weight, plan: _Plan, slot: int, first_use: int, first_tile:
         first_tile,
         slot,
         tiles,
-        0 if weight.sigma is None else weight.sigma.data_ptr(),
-        0 if weight.mean is None else weight.mean.data_ptr(),
+        0 if weight.maps is None else weight.maps.data_ptr(),
+        int(weight.signed),
         group_size,
         weight.dilation[1],
         weight.height,
@@ -330,8 +340,8 @@ def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Te
         count = counts[dtype]
         if not count:
             continue
-        fields = kernels.OPERAND_FIELDS.value
-        kernels.largest_magnitudes[(count, 1 if interpreted else MAGNITUDE_PROGRAMS)](
+        fields = OPERAND_FIELDS.value
+        largest_magnitudes[(count, 1 if interpreted else MAGNITUDE_PROGRAMS)](
             operands[begin * fields :],
             magnitudes,
             SOURCE=source,
@@ -341,22 +351,25 @@ def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Te
         begin += count
 
 
-def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: torch.device) -> None:
+def _work_through(
+    plans: Sequence[_Plan], memory: tuple[Tensor, ...], signed_partials: Tensor | None, device: torch.device
+) -> None:
     problem_count = sum(len(plan.slots) for plan in plans)
     first_tile = 0
     for plan in plans:
         form, tile = plan.form, plan.tile
         source = _TYPES[form.a_type]
         options: dict[str, Any] = constants_of(
-            tile, form.kind, source, maps=form.maps, interpreted=device.type == "cpu"
+            tile, form.kind, source, maps=form.maps, signed=form.signed, interpreted=device.type == "cpu"
         )
         if form.windows:
             options |= {"A_SOURCE": source, "D_SOURCE": _TYPES[form.d_type]}
         else:
             options |= {"SOURCE": source, "UNIT": form.unit}
-        kernel = kernels.moments_of_windows if form.windows else kernels.moments_of_tiles
+        kernel = moments_of_windows if form.windows else moments_of_tiles
         kernel[(_programs(device, tile, plan.end_tile - first_tile),)](
             *memory,
+            signed_partials if form.signed else None,
             problem_count,
             first_tile,
             plan.end_tile,
