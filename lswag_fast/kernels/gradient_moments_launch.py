@@ -12,7 +12,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ..errors import InputError
 from .gradient_moments import moments_of_tiles
+from .gradient_moments_depthwise import moments_of_depthwise
 from .gradient_moments_shared import OPERAND_FIELDS, largest_magnitudes, sums_of_tiles
-from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, tile_for
-from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of
+from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, depthwise_tile, tile_for
+from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of, without_product
 from .gradient_moments_windows import moments_of_windows
+from .launch import power_of_two
 
 FEW_GROUPS = 3
 SAMPLED_ELEMENTS = 1 << 16
@@ -56,13 +58,23 @@ class Weight:
     """Where the maps go, float64 [2 or (signed) 5, numel] in the order of MomentMaps, contiguous; or None."""
 
     @property
+    def depthwise(self) -> bool:
+        """Whether a channel group has one input channel: then the whole weight is one matrix, a row an output."""
+        return self.inputs[0].shape[1] == self.channel_groups > 1
+
+    @property
+    def planes(self) -> int:
+        """How many matrices the weight is, one below the other: channel groups."""
+        return 1 if self.depthwise else self.channel_groups
+
+    @property
     def height(self) -> int:
-        """Rows of the weight, of one channel group."""
-        return self.output_grads[0].shape[1] // self.channel_groups
+        """Rows of one matrix of the weight."""
+        return self.output_grads[0].shape[1] // self.planes
 
     @property
     def width(self) -> int:
-        """Columns of the weight."""
+        """Columns of the weight: input channels of a group times the taps of its kernel."""
         return self.inputs[0].shape[1] // self.channel_groups * math.prod(self.kernel)
 
 
@@ -70,7 +82,8 @@ class Weight:
 class _Form:
     """Which compiled kernel a weight takes: decided by its own layout alone, whatever shares the launch."""
 
-    windows: bool
+    kernel: Any
+    tile: Tile
     a_type: torch.dtype
     d_type: torch.dtype
     kind: str
@@ -82,7 +95,6 @@ class _Form:
 @dataclass
 class _Plan:
     form: _Form
-    tile: Tile
     slots: list[int] = field(default_factory=list)
     end_tile: int = 0
     """Tiles are numbered through all plans; this one's end before it."""
@@ -161,7 +173,7 @@ def _programs(device: torch.device, tile: Tile, tiles: int) -> int:
 
 
 def _check_extent(weight: Weight) -> None:
-    if weight.height * weight.width * weight.channel_groups >= _LIMIT:
+    if weight.height * weight.width * weight.planes >= _LIMIT:
         raise InputError(f"expected a weight of fewer than 2^31 elements, got [{weight.height}, {weight.width}]")
     for name, tensors in (("inputs", weight.inputs), ("output_grads", weight.output_grads)):
         for tensor in tensors:
@@ -183,14 +195,20 @@ def _kind(weight: Weight) -> str:
     return TF32 if weight.tf32 else IEEE
 
 
-def _form(weight: Weight) -> _Form:
+def _form(weight: Weight, architecture: int) -> _Form:
     a, d = weight.inputs[0], weight.output_grads[0]
     linear = (weight.kernel, weight.stride, weight.padding) == ((1, 1), (1, 1), (0, 0)) and weight.channel_groups == 1
     rows_in_line = a.shape[2] == d.shape[2] == 1
     contiguous = a.stride(1) == 1 and d.stride(1) == 1
     windows = not (linear and rows_in_line and contiguous and len(weight.inputs) == 1 and a.dtype == d.dtype)
-    unit = 1 if windows else _unit(a, d)
-    return _Form(windows, a.dtype, d.dtype, _kind(weight), unit, weight.maps is not None, weight.signed)
+    kind, unit, maps = _kind(weight), 1 if windows else _unit(a, d), weight.maps is not None
+    if weight.depthwise:
+        kind = kind if kind == FLOAT64 else IEEE
+        kernel, tile = moments_of_depthwise, depthwise_tile(architecture, kind, weight.width)
+    else:
+        kernel = moments_of_windows if windows else moments_of_tiles
+        tile = tile_for(architecture, kind, windows=windows, unit=unit, signed=weight.signed, maps=maps)
+    return _Form(kernel, tile, a.dtype, d.dtype, kind, unit, maps, weight.signed)
 
 
 def _unit(a: Tensor, d: Tensor) -> int:
@@ -206,16 +224,11 @@ def _unit(a: Tensor, d: Tensor) -> int:
 def _plans(weights: Sequence[Weight], architecture: int) -> list[_Plan]:
     plans: dict[_Form, _Plan] = {}
     for slot, weight in enumerate(weights):
-        form = _form(weight)
-        if form not in plans:
-            tile = tile_for(
-                architecture, form.kind, windows=form.windows, unit=form.unit, signed=form.signed, maps=form.maps
-            )
-            plans[form] = _Plan(form, tile)
-        plans[form].slots.append(slot)
+        form = _form(weight, architecture)
+        plans.setdefault(form, _Plan(form)).slots.append(slot)
     # Tiles that take long come first, so that the last ones to end are short.
     for plan in plans.values():
-        plan.slots.sort(key=lambda slot: -_steps(weights[slot], plan.tile))
+        plan.slots.sort(key=lambda slot: -_steps(weights[slot], plan.form.tile))
     return list(plans.values())
 
 
@@ -235,7 +248,7 @@ def _table(
     for plan in plans:
         for slot in plan.slots:
             weight = weights[slot]
-            count = _tiles_in_plane(weight, plan.tile) * weight.channel_groups
+            count = _tiles_in_plane(weight, plan.form.tile) * weight.planes
             problems.extend(_problem(weight, plan, slot, first_use, tiles, count))
             uses.extend(_uses(weight, plan.form))
             first_use += len(weight.inputs)
@@ -275,7 +288,7 @@ def _loop(weight: Weight) -> tuple[int, int, int]:
 def _problem(weight: Weight, plan: _Plan, slot: int, first_use: int, first_tile: int, tiles: int) -> list[int]:
     unit = plan.form.unit
     group_size = len(weight.inputs[0]) // weight.groups
-    in_group = group_size if plan.form.windows else _loop(weight)[0]
+    in_group = _loop(weight)[0] if plan.form.kernel is moments_of_tiles else group_size
     return [
         weight.height // unit,
         weight.width // unit,
@@ -292,12 +305,12 @@ def _problem(weight: Weight, plan: _Plan, slot: int, first_use: int, first_tile:
         weight.dilation[1],
         weight.height,
         weight.width,
-        _tiles_in_plane(weight, plan.tile),
+        _tiles_in_plane(weight, plan.form.tile),
         *weight.kernel,
         *weight.stride,
         *weight.padding,
         weight.dilation[0],
-        0,
+        weight.height // weight.channel_groups,
     ]
 
 
@@ -305,13 +318,14 @@ def _uses(weight: Weight, form: _Form) -> list[int]:
     numbers: list[int] = []
     for a, d in zip(weight.inputs, weight.output_grads, strict=True):
         rows, joined = d.shape[2] * d.shape[3], 1
-        if not form.windows:
+        lines = form.kernel is moments_of_tiles
+        if lines:
             _, rows, joined = _loop(weight)
         for tensor in (a, d):
             sample, channel, y, x = tensor.stride()
-            pointer = tensor.data_ptr() // (1 if form.windows else form.unit * tensor.element_size())
+            pointer = tensor.data_ptr() // (form.unit * tensor.element_size() if lines else 1)
             numbers += [pointer, sample * joined // form.unit, x // form.unit, y, channel, *tensor.shape[2:]]
-        numbers += [rows, 0]
+        numbers += [rows, min(form.tile.chunk, power_of_two(d.shape[3]))]
     return numbers
 
 
@@ -357,17 +371,18 @@ def _work_through(
     problem_count = sum(len(plan.slots) for plan in plans)
     first_tile = 0
     for plan in plans:
-        form, tile = plan.form, plan.tile
+        form, tile = plan.form, plan.form.tile
         source = _TYPES[form.a_type]
         options: dict[str, Any] = constants_of(
             tile, form.kind, source, maps=form.maps, signed=form.signed, interpreted=device.type == "cpu"
         )
-        if form.windows:
-            options |= {"A_SOURCE": source, "D_SOURCE": _TYPES[form.d_type]}
-        else:
+        if form.kernel is moments_of_tiles:
             options |= {"SOURCE": source, "UNIT": form.unit}
-        kernel = moments_of_windows if form.windows else moments_of_tiles
-        kernel[(_programs(device, tile, plan.end_tile - first_tile),)](
+        else:
+            options |= {"A_SOURCE": source, "D_SOURCE": _TYPES[form.d_type]}
+        if form.kernel is moments_of_depthwise:
+            options = without_product(options)
+        form.kernel[(_programs(device, tile, plan.end_tile - first_tile),)](
             *memory,
             signed_partials if form.signed else None,
             problem_count,
@@ -392,6 +407,6 @@ def time_tiles(weights: Sequence[Weight], tiles: Sequence[Tile]) -> dict[Tile, f
         plans = _plans(weights, _architecture(weights[0].inputs[0].device))
         if len(plans) > 1:
             raise InputError(f"expected weights that take one kernel, got {[plan.form for plan in plans]}")
-        plans[0].tile = tile
+        plans[0].form = replace(plans[0].form, tile=tile)
         times[tile] = do_bench(partial(_start, weights, plans, every_element=False), return_mode="median")
     return times

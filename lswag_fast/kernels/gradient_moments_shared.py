@@ -38,7 +38,8 @@ OPERAND_FIELDS = tl.constexpr(16)
     PADDING_Y,
     PADDING_X,
     DILATION_Y,
-) = (tl.constexpr(n) for n in range(23))
+    MULTIPLIER,
+) = (tl.constexpr(n) for n in range(24))
 """A row a problem; widths and strides in units of UNIT elements where `moments_of_tiles` reads them."""
 (
     A,
@@ -56,7 +57,8 @@ OPERAND_FIELDS = tl.constexpr(16)
     D_HEIGHT,
     D_WIDTH,
     ROWS,
-) = (tl.constexpr(n) for n in range(15))
+    LANES,
+) = (tl.constexpr(n) for n in range(16))
 """A row a use of a weight: pointers and strides."""
 (
     SOURCE_AT,

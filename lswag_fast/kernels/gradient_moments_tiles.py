@@ -77,8 +77,22 @@ SMALL_NARROW_TILE = Tile(64, 64, 32, 8, 2, 1)
 SIGNED_HALF_TILE = Tile(64, 128, 64, 8, 3, 1)
 """For compute capability 9.0 and newer, where signed moments are asked for and maps are not."""
 
+DEPTHWISE_TILES = {
+    IEEE: {16: Tile(4, 16, 32, 4, 1, 2), 32: Tile(2, 32, 32, 4, 1, 2)},
+    FLOAT64: {16: Tile(2, 16, 32, 4, 1, 2), 32: Tile(1, 32, 32, 4, 1, 2)},
+}
+"""Of `moments_of_depthwise`, by the places for taps of a kernel: channels x taps x positions of products."""
+
+INTERPRETED_DEPTHWISE_TILE = Tile(4, 8, 16, 4, 1, 1)
 INTERPRETED_TILE = Tile(32, 32, 16, 4, 2, 1)
 """Under TRITON_INTERPRET=1: small, so that small tests have several tiles and chunks."""
+
+
+def depthwise_tile(architecture: int, kind: str, taps: int) -> Tile:
+    """Returns the tile for a depthwise kernel of so many taps; larger ones are cut into several tiles."""
+    if architecture == 0:
+        return INTERPRETED_DEPTHWISE_TILE
+    return DEPTHWISE_TILES[kind][16 if taps <= 16 else 32]
 
 
 def tile_for(architecture: int, kind: str, *, windows: bool, unit: int, signed: bool, maps: bool) -> Tile:

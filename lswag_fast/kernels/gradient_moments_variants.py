@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import triton.language as tl
 
 from .gradient_moments import moments_of_tiles
+from .gradient_moments_depthwise import moments_of_depthwise
 from .gradient_moments_shared import largest_magnitudes, sums_of_tiles
-from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, TILES, Tile, tile_for
+from .gradient_moments_tiles import DEPTHWISE_TILES, FLOAT64, HALF, IEEE, TF32, TILES, Tile, tile_for
 from .gradient_moments_windows import moments_of_windows
 from .variant import Variant
 
@@ -37,6 +38,7 @@ def variants() -> Iterator[Variant]:
     for architecture in TILES:
         yield from _of_tiles(architecture)
     yield from _of_windows()
+    yield from _of_depthwise()
     yield Variant(
         "gradient_moments magnitudes bf16",
         largest_magnitudes,
@@ -103,6 +105,26 @@ def _of_windows() -> Iterator[Variant]:
             )
 
 
+def _of_depthwise() -> Iterator[Variant]:
+    for name, source, kind in (
+        ("bf16", tl.bfloat16, IEEE),
+        ("float32", tl.float32, IEEE),
+        ("float32, sums in float64", tl.float32, FLOAT64),
+    ):
+        for taps, tile in DEPTHWISE_TILES[kind].items():
+            # Signed moments and maps are of a tile's weights, not its positions: where most fit, fewer do.
+            for signed, maps in _DETAILS if taps == 32 else _PLAIN:
+                constants = without_product(constants_of(tile, kind, source, maps=maps, signed=signed))
+                yield Variant(
+                    f"gradient_moments depthwise {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
+                    moments_of_depthwise,
+                    _types(signed),
+                    {**constants, "A_SOURCE": source, "D_SOURCE": source},
+                    tile.warps,
+                    tile.stages,
+                )
+
+
 def _detail(signed: bool, maps: bool) -> str:
     return ", signed" * signed + ", maps" * maps
 
@@ -128,3 +150,8 @@ def constants_of(
         "SIGNED": signed,
         "INTERPRETED": interpreted,
     }
+
+
+def without_product(constants: dict[str, object]) -> dict[str, object]:
+    """Returns the constants without those of a matrix product, which depthwise convolutions do not need."""
+    return {name: value for name, value in constants.items() if name not in ("COMPUTE", "PRECISION")}

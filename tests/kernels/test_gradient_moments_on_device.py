@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from gradients import convolution_gradients
 from torch import Tensor
 
 from lswag_fast import reference
@@ -123,6 +124,24 @@ def test_the_patch_embedding_holds_to_float64(dtype: torch.dtype) -> None:
     moments = gradient_moments_grouped([problem])[0]
     assert_holds(moments, expected, 1e-5)
     assert_signed_holds(moments, d.double().flatten(2) @ patches.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 56), (3, 2, 28), (5, 1, 14), (7, 1, 7)])
+def test_depthwise_convolutions_hold_to_float64(
+    kernel: int, stride: int, size: int, channels_last: bool, dtype: torch.dtype
+) -> None:
+    a = fresh(8, 100, size, size, dtype=dtype)
+    d = fresh(8, 100, size // stride, size // stride, dtype=dtype, magnitude=1e-4)
+    convolution = Convolution((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), groups=100)
+    gradients = convolution_gradients(a, d, convolution, 4).groups
+    given = [t.to(device(), memory_format=torch.channels_last) if channels_last else t.to(device()) for t in (a, d)]
+    poison()
+    problem = MomentProblem(given[0], given[1], 4, convolution, signed=True, maps=True)
+    moments = gradient_moments_grouped([problem])[0]
+    assert_holds(moments, reference.moments_of(gradients), 1e-5)
+    assert_signed_holds(moments, torch.stack(gradients))
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e10])
