@@ -114,7 +114,9 @@ class PassStatistics:
                     inputs, output_grads, self._groups, convolution=convolution, signed=signed
                 )
             else:
-                self._problems[layer.name] = MomentProblem(inputs, output_grads, self._groups, convolution)
+                self._problems[layer.name] = MomentProblem(
+                    inputs, output_grads, self._groups, convolution, signed=signed
+                )
         if Need.GRADIENT in self._needs:
             with self._clock(Need.GRADIENT.name):
                 gradient = _weight_gradient(inputs, output_grads, convolution, operand)
