@@ -90,7 +90,7 @@ def _share_of_top(values: ArrayLike, k: int) -> Floats:
     values = np.asarray(values)
     edge = np.sort(values)[-k]
     above, at = values > edge, values == edge
-    return above + at * ((k - np.count_nonzero(above)) / np.count_nonzero(at))
+    return np.asarray(above + at * ((k - np.count_nonzero(above)) / np.count_nonzero(at)))
 
 
 def _pairs(counts: NDArray[np.intp]) -> int:

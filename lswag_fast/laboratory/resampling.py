@@ -26,7 +26,7 @@ def centred_ranks(values: Floats, weights: Floats) -> Floats:
     """Returns the ranks [B, N] of `values` [N] less their mean, for weights [B, N]."""
     codes, counts = _groups(values, weights)
     middle = np.cumsum(counts, axis=1) - (counts - 1) / 2
-    return (middle - (weights.sum(axis=1, keepdims=True) + 1) / 2)[:, codes]
+    return np.asarray((middle - (weights.sum(axis=1, keepdims=True) + 1) / 2)[:, codes])
 
 
 def spearman(x: Floats, y: Floats, weights: Floats) -> Floats:
@@ -73,7 +73,7 @@ def regret(x: Floats, accuracy: Floats, weights: Floats) -> Floats:
 def _share_of_top(values: Floats, k: int, weights: Floats) -> Floats:
     codes, counts = _groups(values, weights)
     above = counts.sum(axis=1, keepdims=True) - np.cumsum(counts, axis=1)
-    return (np.clip(k - above, 0, counts) / np.maximum(counts, 1))[:, codes]
+    return np.asarray((np.clip(k - above, 0, counts) / np.maximum(counts, 1))[:, codes])
 
 
 def _codes(values: Floats) -> NDArray[np.intp]:

@@ -72,7 +72,7 @@ class Row:
     status: Literal["ok", "constant", "missing"]
     architectures: int  # that have a value in every repeat
     is_count: bool = False
-    estimates: Mapping[str, Estimate] = field(default_factory=dict)  # by the names of `STATISTICS`; no partial of a count
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)  # by `STATISTICS`; a count has no partial
     closest_count: str | None = None  # the count that ranks most like it
     rho_with_count: float = math.nan
     warnings: tuple[str, ...] = ()
