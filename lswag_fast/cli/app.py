@@ -167,3 +167,87 @@ def doctor(as_json: JsonOption = False) -> None:
     from .tables import show_checks
 
     raise typer.Exit(show_checks(as_json=as_json))
+
+
+@app.command()
+def correlate(
+    scores: Annotated[
+        list[Path],
+        typer.Argument(help="Score stores, and tables of proxies: .csv, .jsonl, .json (NAS-Bench-Suite-Zero)."),
+    ],
+    accuracies: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Tables of accuracies by arch: .csv, .jsonl, .json, .pth (Auto-Prox); in --scores by default."
+        ),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Columns that are accuracies, with commas between; found by name.")] = "",
+    proxies: Annotated[
+        str, typer.Option(help="Proxies to study, with commas between; all by default. With --repeats, to score too.")
+    ] = "",
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="The k of precision at the top; a tenth of the architectures by default."),
+    ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(min=20, help="Resamples for the intervals; 1000 by default, 200 beyond 2000 architectures."),
+    ] = None,
+    context: Annotated[str, typer.Option(help="Settings of a store, by the first characters of their id.")] = "",
+    output: Annotated[Path, typer.Option(help="The folder of the report, its figures and its numbers.")] = Path(
+        "correlations"
+    ),
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Score the architectures of --accuracies into the store first, with so many seeds."),
+    ] = None,
+    space: Annotated[str, typer.Option(help="With --repeats: the search space.")] = "autoformer-tiny",
+    seed: Annotated[int, typer.Option(min=0, help="With --repeats: the first seed.")] = 0,
+    images: Annotated[str, typer.Option(help="With --repeats: noise, photos or a folder.")] = "photos",
+    samples: Annotated[int, typer.Option(help="With --repeats: S, the images of the batch.")] = 64,
+    groups: Annotated[int | None, typer.Option(help="With --repeats: G, the gradient groups; S by default.")] = None,
+    device: Annotated[str, typer.Option(help="With --repeats: auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="With --repeats: auto, float32 or bfloat16.")] = "auto",
+    image_size: Annotated[int | None, typer.Option(help="With --repeats: pixels; the space's own by default.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="With --repeats: logits; the space's own by default.")] = None,
+    window: Annotated[tuple[int, int], typer.Option(help="With --repeats: percentiles of depth of Lambda.")] = (0, 100),
+    pattern_samples: Annotated[
+        int | None, typer.Option(help="With --repeats: count patterns over the first images only.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Says how well proxies rank trained networks, how sure that is, and what they know beyond counts."""
+    from .correlate import Request, Scoring, run
+
+    scoring = Scoring(
+        space=space,
+        space_options={"image_size": image_size, "num_classes": num_classes},
+        seed=seed,
+        images=images,
+        samples=samples,
+        options={
+            "groups": groups,
+            "device": device,
+            "dtype": dtype,
+            "window": window,
+            "pattern_samples": pattern_samples,
+        },
+    )
+    request = Request(
+        scores=scores,
+        accuracies=accuracies or [],
+        tasks=_listed(tasks),
+        proxies=_listed(proxies),
+        top=top,
+        draws=draws,
+        context=context,
+        repeats=repeats,
+        scoring=scoring,
+        output=output,
+        as_json=as_json,
+    )
+    raise typer.Exit(run(request))
+
+
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

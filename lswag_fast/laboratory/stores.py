@@ -1,0 +1,130 @@
+"""Reads score stores for a study: scores that differ only in what a seed draws are repeats of each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import spaces
+from ..correlation import Floats
+from ..errors import InputError
+from ..records import Record
+from ..store import Run, Store
+from .joining import Scores
+from .tables import Arch
+
+_FROM_THE_SEED = ("images", "labels", "weights")
+_COUNTS = ("parameters", "multiply_adds", "sum_log_numel", "positions")
+
+
+def is_store(path: Path) -> bool:
+    """Returns whether a file is an SQLite database."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+def read(paths: Sequence[Path], context: str = "", seeds: Sequence[int] = ()) -> Scores:
+    """Returns the scores of stores, a repeat for each seed, that share their settings.
+
+    Args:
+        paths: the stores; equal settings are brought together.
+        context: the first characters of the id of the settings, as `lswag-fast top` lists them; the newest by default.
+        seeds: take the repeats of these seeds alone; all by default, but those with less than half the architectures
+            that the fullest has.
+
+    Raises:
+        InputError: no scores, or none with these settings.
+        StoreError: a store cannot be read.
+    """
+    runs = [(path, run) for path in paths for run in _runs(path) if run.candidates]
+    if not runs:
+        raise InputError(f"{', '.join(map(str, paths))} holds no scores; score some candidates into it first")
+    chosen = [(path, run) for path, run in runs if run.context.startswith(context)]
+    if not chosen:
+        raise InputError(f"no settings have an id that begins with {context!r}; `lswag-fast top` lists the ids")
+    newest = max((run for _, run in chosen), key=lambda run: run.started)
+    if context and len({_settings(run) for _, run in chosen}) > 1:
+        raise InputError(f"several settings have an id that begins with {context!r}; give more characters of it")
+    wanted = [(path, run) for path, run in runs if _settings(run) == _settings(newest)]
+    if seeds:
+        wanted = [(path, run) for path, run in wanted if run.metadata["options"]["seed"] in seeds]
+    space: Any = spaces.get(**newest.metadata["space"])
+    notes = []
+    others = {run.context for _, run in runs if _settings(run) != _settings(newest)}
+    if others:
+        ids = ", ".join(sorted(other[:8] for other in others))
+        notes.append(f"the newest settings, {newest.context[:8]}, are studied; others need --context ({ids})")
+    return _scores(space, wanted, notes, all_seeds=not seeds)
+
+
+def _runs(path: Path) -> list[Run]:
+    with Store(path, read_only=True) as store:
+        return store.runs()
+
+
+def _settings(run: Run) -> str:
+    """What two repeats have in common: all that a score depends on, except what the seed draws."""
+    given = run.metadata
+    kept = {name: given[name] for name in ("space", "loss", "definition_version", "samples")}
+    kept["options"] = {name: value for name, value in given["options"].items() if name != "seed"}
+    kept["weights"] = re.sub(r"^seed:.*", "seed", given["weights"])
+    kept["source"] = re.sub(r", seed \d+$", "", str(given.get("notes", {}).get("images", "")))
+    return json.dumps(kept, sort_keys=True)
+
+
+def _scores(space: Any, runs: Sequence[tuple[Path, Run]], notes: list[str], *, all_seeds: bool) -> Scores:
+    by_context: dict[str, dict[str, Record]] = {}
+    seeds = {run.context: run.metadata["options"]["seed"] for _, run in runs}
+    failed = 0
+    for path in dict.fromkeys(path for path, _ in runs):
+        ids = {run.id: run.context for where, run in runs if where == path}
+        with Store(path, read_only=True) as store:
+            for record in store.records(layers=False):
+                if record.run in ids and record.status == "ok":
+                    by_context.setdefault(ids[record.run], {})[space.encode(record.arch)] = record
+                failed += record.run in ids and record.status == "error"
+    fullest = max(map(len, by_context.values()), default=0)
+    repeats = {c: found for c, found in by_context.items() if not all_seeds or len(found) >= fullest / 2}
+    if failed:
+        notes.append(f"{failed} scores failed and are left out")
+    if len(repeats) < len(by_context):
+        sparse = ", ".join(f"{seeds[c]} ({len(by_context[c])})" for c in by_context if c not in repeats)
+        notes.append(f"seeds with less than half of the architectures are left out: {sparse}")
+    if len(repeats) > 1:
+        notes.append(f"{len(repeats)} repeats, seeds {', '.join(str(seeds[context]) for context in repeats)}")
+    keys = list(dict.fromkeys(key for found in repeats.values() for key in found))
+    name = ", ".join(dict.fromkeys(path.stem for path, _ in runs))
+    return Scores(name, keys, _columns(keys, list(repeats.values())), _key_in(space), notes)
+
+
+def _columns(keys: Sequence[str], repeats: Sequence[dict[str, Record]]) -> dict[str, Floats]:
+    columns: dict[str, Floats] = {}
+    for repeat, found in enumerate(repeats):
+        for place, key in enumerate(keys):
+            for name, value in _values(found[key]).items() if key in found else ():
+                if name not in columns:
+                    columns[name] = np.full((len(repeats), len(keys)), np.nan)
+                columns[name][repeat, place] = np.nan if value is None else value
+    # A count depends on no seed: any repeat that holds the architecture tells it.
+    return {n: np.nanmax(v, axis=0, keepdims=True) if n in _COUNTS else v for n, v in columns.items()}
+
+
+def _values(record: Record) -> dict[str, float | None]:
+    found = {"lswag": record.lswag, "lambda": record.trainability, "psi": record.expressivity}
+    # Stores of version 1 have no proxies beside L-SWAG.
+    found |= {name: value for name, value in getattr(record, "proxies", {}).items() if name not in found}
+    return found | {name: getattr(record.counts, name) for name in _COUNTS}
+
+
+def _key_in(space: Any) -> Any:
+    def key(arch: Arch) -> str:
+        return str(space.encode(space.decode(arch) if isinstance(arch, str) else arch))
+
+    return key
