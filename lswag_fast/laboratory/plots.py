@@ -40,7 +40,7 @@ def heat_map(studies: Sequence[TaskStudy]) -> bytes:
     image = axes.imshow(rho, cmap=_colours(), vmin=-1, vmax=1, aspect="auto")
     for place, task in np.ndindex(rho.shape):
         row = found[names[place], tasks[task]]
-        axes.text(task, place, _cell(row), ha="center", va="center", fontsize=8, color=_on(rho[place, task]))
+        axes.text(task, place, _cell(row), ha="center", va="center", fontsize=8, color=_on(float(rho[place, task])))
     axes.set_xticks(range(len(tasks)), [_short(task) for task in tasks], rotation=35, ha="right", fontsize=9)
     counts = {row.proxy for row in found.values() if row.is_count}
     axes.set_yticks(range(len(names)), [f"{n} (count)" if n in counts else n for n in names], fontsize=9)
