@@ -1,9 +1,9 @@
 """Whether L-SWAG knows more than counts of weights and activations in some setting.
 
 Settings are patterns over fewer samples, windows of depth, photographs against noise, initialisations, and gradient
-groups. Scores the networks of a table of trained AutoFormer-Tiny networks (JSON lines: "arch" and accuracies in percent) in
-several arms, each of which changes one thing. Scores go to a store, so that the study can be stopped and started again;
-the correlations are written as autoformer-tiny-beyond-counts.json and .md, and drawn as .png.
+groups. Scores the networks of a table of trained AutoFormer-Tiny networks (JSON lines: "arch" and accuracies in
+percent) in several arms, each of which changes one thing. Scores go to a store, so that the study can be stopped and
+started again; the correlations are written as autoformer-tiny-beyond-counts.json and .md, and drawn as .png.
 """
 
 from __future__ import annotations
@@ -143,10 +143,11 @@ def draw(studies: Mapping[str, Sequence[TaskStudy]]) -> None:
             panel.grid(linewidth=0.3)
             if line == 0:
                 panel.set_title(ACCURACIES[key], fontsize=10)
+            else:
+                panel.set_xlabel("samples that patterns are taken over", fontsize=8)
             if column == 0:
                 panel.set_ylabel(f"{kind.split(',')[0].removesuffix(' over')}: partial rho", fontsize=9)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(studies), fontsize=9)
-    figure.supxlabel("samples that patterns are taken over", fontsize=9)
     figure.savefig(measure.RESULTS / f"{NAME}.png", dpi=130)
 
 
