@@ -12,6 +12,15 @@ _HOMES = {
     "lswag": "lswag.Lswag",
     "lambda": "lswag.Trainability",
     "psi": "lswag.Expressivity",
+    "te_nas": "te_nas.TeNas",
+    "te_nas_regions": "te_nas.TeNasRegions",
+    "te_nas_ntk": "te_nas.TeNasNtk",
+    "az_nas": "az_nas.AzNas",
+    "az_nas_expressivity": "az_nas.Expressivity",
+    "az_nas_progressivity": "az_nas.Progressivity",
+    "az_nas_trainability": "az_nas.Trainability",
+    "az_nas_complexity": "az_nas.Complexity",
+    "tcet": "tcet.Tcet",
 }
 
 
