@@ -25,29 +25,21 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 def linear_regions(model: nn.Module, images: Tensor) -> int:
     """Returns the number of distinct rows of signs, over all activation modules, among images [S, ...]."""
     outputs = _outputs(model, images, _ACTIVATIONS)
-    rows = {tuple((torch.cat([o[n].flatten() for o in outputs.values()]) > 0).tolist()) for n in range(len(images))}
-    return len(rows)
+    patterns = {tuple((torch.cat([output[n] for output in outputs.values()]) > 0).tolist()) for n in range(len(images))}
+    return len(patterns)
 
 
 def logit_gradients(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Returns, for each sample, the gradient [P] of the sum of its logits with respect to all layers' weights."""
     twin = _twin(model, dtype)
     weights = [m.weight for m in twin.modules() if isinstance(m, _LAYERS)]
+    coupled = samples_are_coupled(twin)
     gradients = []
     for n in range(len(images)):
-        if samples_are_coupled(twin):
-            total = twin(images.to(dtype))[n].sum()
-        else:
-            total = twin(images[n : n + 1].to(dtype)).sum()
-        found = torch.autograd.grad(total, weights, allow_unused=True)
-        gradients.append(
-            torch.cat(
-                [
-                    torch.zeros(w.numel(), dtype=dtype) if g is None else g.flatten()
-                    for g, w in zip(found, weights, strict=True)
-                ]
-            )
-        )
+        logits = twin(images.to(dtype))[n] if coupled else twin(images[n : n + 1].to(dtype))
+        found = torch.autograd.grad(logits.sum(), weights, allow_unused=True)
+        flat = [torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]
+        gradients.append(torch.cat([g.flatten() for g in flat]))
     return gradients
 
 
@@ -82,7 +74,7 @@ def entropy(feature: Tensor) -> float:
     """Returns the entropy of the principal components of a feature [S, C, H, W] or [S, T, C] (AZ-NAS, equation 3)."""
     channels_last = feature.movedim(1, -1) if feature.dim() == 4 else feature
     points = channels_last.reshape(-1, channels_last.shape[-1]).detach()
-    mean = sum(points) / len(points)  # type: ignore[arg-type]
+    mean = sum(points) / len(points)
     covariance = sum(torch.outer(x - mean, x - mean) for x in points) / len(points)
     eigenvalues = torch.linalg.svdvals(covariance)
     shares = [float(e / eigenvalues.sum()) for e in eigenvalues]
@@ -136,7 +128,7 @@ def tcet(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _log_determinant(output: Tensor) -> float:
     """Returns the log-determinant of the positions at which samples agree in sign; 0 where they are not told apart."""
-    codes = (output > 0).flatten(1)
+    codes = output > 0
     kernel = torch.zeros(len(codes), len(codes), dtype=torch.float64)
     for m, left in enumerate(codes):
         for n, right in enumerate(codes):
@@ -147,18 +139,24 @@ def _log_determinant(output: Tensor) -> float:
 
 
 def _outputs(model: nn.Module, images: Tensor, kinds: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Returns the outputs [S, ...] of all modules of some kinds, by name, in float32, as the score computes them."""
+    """Returns what the modules of some kinds give out, by name: [S, values of all calls].
+
+    In float32, so that signs are those of the score.
+    """
     twin = _twin(model, torch.float32)
-    kept: dict[str, list[Tensor]] = {}
+    calls: list[tuple[str, Tensor]] = []
     for name, module in twin.named_modules():
         if isinstance(module, kinds):
             module.register_forward_hook(
-                lambda module, args, output, name=name: kept.setdefault(name, []).append(output.detach().clone())
+                lambda module, args, output, name=name: calls.append((name, output.detach().clone().flatten(1)))
             )
-    passes = [images] if samples_are_coupled(twin) else [images[n : n + 1] for n in range(len(images))]
-    for batch in passes:
+    rows: dict[str, list[Tensor]] = {}
+    for batch in [images] if samples_are_coupled(twin) else torch.split(images, 1):
+        calls.clear()
         twin(batch.float())
-    return {name: torch.cat(parts) for name, parts in kept.items()}
+        for name in dict.fromkeys(name for name, _ in calls):
+            rows.setdefault(name, []).append(torch.cat([output for n, output in calls if n == name], dim=1))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def _twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:

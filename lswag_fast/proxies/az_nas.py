@@ -220,7 +220,8 @@ def _norms(features: Sequence[Feature], generator: torch.Generator) -> tuple[tup
     """Returns the spectral norm of each step from one feature to the next, or why one cannot be had."""
     norms = []
     for before, after in reversed(list(pairwise(features))):
-        signs = torch.randint(2, after.output.shape, generator=generator).mul(2).sub(1).to(after.output)
+        bits = torch.randint(2, after.output.shape, generator=generator, dtype=torch.int8)
+        signs = (2 * bits - 1).to(after.output)
         gradient = _pulled_back(after.output, before.output, signs)
         if gradient.shape == signs.shape and bool((gradient == signs).all()):
             norms.append(math.inf)

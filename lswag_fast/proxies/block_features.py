@@ -56,8 +56,9 @@ def _blocks(module: nn.Module, prefix: str, contained: bool) -> Iterator[str]:
 def block_features(network: Network, images: Tensor, names: tuple[str, ...]) -> list[Feature]:
     """Returns the input of the first block called, and the output of every call of a block, in order.
 
-    Of several outputs the first tensor is taken. Where some features have positions (three axes or more), those
-    without are left out. The network goes on with copies, so that nothing it does in place changes a feature.
+    The input is left out where no linear map or convolution has come before it: it is then the images. Of several
+    outputs the first tensor is taken. Where some features have positions (three axes or more), those without are left
+    out. The network goes on with copies, so that nothing it does in place changes a feature.
 
     The channels are on the axis as long as the output of the linear map or convolution called last before; of several
     such axes, or none, on the one where it puts them (1 for a convolution, else the last).
@@ -89,8 +90,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.features: list[Feature] = []
-        self._axis = -1
-        self._width = 0
+        self._axis = 1
+        self._width = 0  # no product yet
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,7 +110,7 @@ class _Watch(TorchFunctionMode):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keeps the input of the first block; hands the block a copy of it."""
-        if self.features or not args or not isinstance(args[0], Tensor):
+        if self.features or not self._width or not args or not isinstance(args[0], Tensor):
             return None
         return (self._keep("input", args[0]), *args[1:])
 
