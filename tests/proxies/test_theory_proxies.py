@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batched, Dilations, NoSampleAxis, SequenceFirst, Tied, TokenMixing
+from networks import Batched, Convolutions, Dilations, NoSampleAxis, SequenceFirst, Tied, TokenMixing
 from torch import Tensor, nn
 
 from lswag_fast import reference_theory as reference
@@ -183,6 +183,9 @@ def test_regions_of_noise_and_crops() -> None:
         assert noisy == {"regions": reference.linear_regions(model, noise), "inputs": 12}
         whole = TeNasRegions(inputs="crops", size=8, repeats=2).details(evidence)
         assert whole == {"regions": reference.linear_regions(model, images), "inputs": 12}
+        corners = [images[:, :, i : i + 7, j : j + 7] for i in (0, 1) for j in (0, 1)]
+        some = TeNasRegions(inputs="crops", size=7, repeats=60).details(evidence)
+        assert some["regions"] == reference.linear_regions(model, torch.cat(corners)) == 4 * SAMPLES
         # Of crops of one pixel nearly all that there are come up.
         small = TeNasRegions(inputs="crops", size=1, repeats=300).details(evidence)
         every = images.movedim(1, -1).reshape(-1, 3, 1, 1)
@@ -224,6 +227,7 @@ def test_condition_number_is_that_of_the_same_float32_gradients(name: str) -> No
 KERNELS: dict[str, Callable[[], nn.Module]] = {
     **MODELS,
     "dilations": Dilations,
+    "convolutions": Convolutions,
     "sequence-first": SequenceFirst,
     "tied": Tied,
     "token-mixing": TokenMixing,
@@ -473,6 +477,8 @@ def test_az_nas_of_a_pool() -> None:
     found = az_nas.aggregate([1.0, 2.0, -math.inf, math.nan], [5.0, 5.0, 1.0, 9.0])
     assert found[:3] == pytest.approx([math.log(2 / 3) + math.log(2.5 / 3), math.log(2.5 / 3), 2 * math.log(1 / 3)])
     assert np.isnan(found[3])
+    assert np.isnan(te_nas.aggregate([1.0, 2.0, 3.0], [5.0, math.nan, 4.0])).tolist() == [False, True, False]
+    assert te_nas.aggregate([1.0, 2.0, 3.0], [5.0, math.nan, 4.0])[[0, 2]].tolist() == [2.0, 4.0]
     assert az_nas.aggregate([4.0]).tolist() == [0.0]
     with pytest.raises(InputError, match="same length"):
         az_nas.aggregate([1.0], [1.0, 2.0])
