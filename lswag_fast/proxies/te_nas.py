@@ -119,8 +119,8 @@ class TeNasNtk(Proxy):
     """kappa: largest over smallest eigenvalue of the neural tangent kernel of the batch (equation 3); lower is better.
 
     The kernel is that of `tangent_kernel`; its eigenvalues are in float64. The smallest is taken as no less than 2^-23
-    of the largest, as gradients in float32 tell no more: kappa of a singular kernel, and its bound, is 2^23. Of one
-    sample, kappa is 1. The code returns what rounding leaves of a singular kernel, of either sign.
+    of the largest, as gradients in float32 tell no more: kappa of a singular kernel, and of one that is 0, is its
+    bound, 2^23. Of one sample, kappa is 1. The code returns what rounding leaves of a singular kernel, of either sign.
     """
 
     name: ClassVar[str] = "te_nas_ntk"
@@ -130,7 +130,7 @@ class TeNasNtk(Proxy):
     def value(self, evidence: Evidence) -> float:
         """Returns kappa of one network.
 
-        Raises UnavailableError where the model returns no logits, or the kernel is 0 or not finite.
+        Raises UnavailableError where the model returns no logits, or the kernel is not finite.
         """
         return self.details(evidence)["condition_number"]
 
@@ -144,9 +144,7 @@ class TeNasNtk(Proxy):
             raise UnavailableError("the gradients of the logits are not finite")
         eigenvalues = torch.linalg.eigvalsh(kernel)
         largest, smallest = float(eigenvalues[-1]), float(eigenvalues[0])
-        if not largest > 0:
-            raise UnavailableError("the logits do not depend on the weights of any layer: the kernel is 0")
-        condition = largest / max(smallest, _ROUNDING * largest)
+        condition = largest / max(smallest, _ROUNDING * largest) if largest > 0 else 1 / _ROUNDING
         return {
             "condition_number": condition,
             "largest_eigenvalue": largest,

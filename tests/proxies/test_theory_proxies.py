@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batched, Convolutions, Dilations, NoSampleAxis, SequenceFirst, Tied, TokenMixing
+from networks import Batched, Convolutions, Dilations, NoSampleAxis, Repeated, SequenceFirst, Tied, TokenMixing
 from torch import Tensor, nn
 
 from lswag_fast import reference_theory as reference
@@ -230,6 +230,7 @@ KERNELS: dict[str, Callable[[], nn.Module]] = {
     "convolutions": Convolutions,
     "sequence-first": SequenceFirst,
     "tied": Tied,
+    "repeated": Repeated,
     "token-mixing": TokenMixing,
     "no-sample-axis": NoSampleAxis,
     "batched": Batched,
@@ -279,6 +280,8 @@ def test_singular_and_absent_kernels() -> None:
     images[4] = images[2]
     assert value_of(TeNasNtk(), model, images, labels) == 2.0**23
     assert value_of(TeNasNtk(), model, images[:1], labels[:1]) == 1
+    dead = Cells(Zero(0.0), nn.ReLU())
+    assert value_of(TeNasNtk(), dead, images, labels) == 2.0**23
     features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with (
         evidence_of(features, images, labels, loss=lambda output, labels: output.square().mean((1, 2, 3))) as evidence,
@@ -433,8 +436,27 @@ class Wrapped(nn.Module):
 
 
 class Zero(nn.Module):
+    def __init__(self, value: float = 0.1) -> None:
+        super().__init__()
+        self.value = value
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.mul(0.0) + 0.1
+        return x.mul(0.0) + self.value
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return F.silu(2 * x), "beside it"
+
+
+class Unpacked(Cells):
+    """One cell called twice, which returns a tuple."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for _ in range(2):
+            x = self.cells[0](x)[0]
+        return self.head(x.flatten(2).mean(2))
 
 
 class Cut(nn.Module):
@@ -452,6 +474,14 @@ def test_az_nas_of_cells_that_do_nothing() -> None:
     for part in (Expressivity, Progressivity, AzNas):
         assert value_of(part(), zeros, images, labels) == -math.inf
     assert value_of(Trainability(), zeros, images, labels) < -1e5
+
+
+def test_every_call_of_a_block_and_the_first_of_its_outputs_is_a_feature() -> None:
+    images, labels = batch()
+    model = Unpacked(Twice(), Twice())
+    first = model.stem(images).double()
+    expected = reference.expressivity([first, F.silu(2 * first), F.silu(2 * F.silu(2 * first))])
+    assert value_of(Expressivity(), model, images, labels) == pytest.approx(expected, rel=1e-5)
 
 
 def test_az_nas_that_cannot_be_had() -> None:
@@ -484,9 +514,10 @@ def test_az_nas_of_a_pool() -> None:
         az_nas.aggregate([1.0], [1.0, 2.0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "repeated"])
 def test_tcet(name: str) -> None:
-    model = MODELS[name]()
+    torch.manual_seed(5)
+    model = {**MODELS, "repeated": Repeated}[name]()
     images, labels = batch()
     with evidence_of(model, images, labels) as evidence:
         assert Tcet().value(evidence) == pytest.approx(reference.tcet(model, images, labels), rel=1e-4)
