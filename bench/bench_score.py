@@ -21,7 +21,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from score_methods import ARCH, BASELINE, OWN, PACKAGES, PLAIN, SCORES, Subject
 
 from lswag_fast import backends, scoring
-from lswag_fast.proxies import lswag
+from lswag_fast.proxies import statistics
 
 SAMPLES = 16
 PRODUCT = 2048
@@ -173,7 +173,7 @@ def _pattern_shares(subject: Subject, dtype: str, runs: int) -> dict[str, float]
 
 def _timed_parts(subject: Subject, dtype: str) -> dict[str, float]:
     parts = dict.fromkeys(("activations with packing", "activations alone", "counting"), 0.0)
-    originals = lswag.activate_and_pack, lswag.count_patterns_device
+    originals = statistics.activate_and_pack, statistics.count_patterns_device
 
     def timed(part: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -188,11 +188,11 @@ def _timed_parts(subject: Subject, dtype: str) -> dict[str, float]:
     def count(*arguments: Any) -> Any:
         return timed("counting", lambda: originals[1](*arguments))
 
-    lswag.activate_and_pack, lswag.count_patterns_device = activate, count
+    statistics.activate_and_pack, statistics.count_patterns_device = activate, count
     try:
         start = time.perf_counter()
         scoring.score(subject.supernet.subnet(ARCH), subject.images, subject.labels, dtype=dtype)
         whole = time.perf_counter() - start
     finally:
-        lswag.activate_and_pack, lswag.count_patterns_device = originals
+        statistics.activate_and_pack, statistics.count_patterns_device = originals
     return {"score": whole - parts["activations alone"], **parts}

@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ops, spaces
+    from . import ops, proxies, spaces
     from .engine.scorer import Scorer
     from .errors import InputError, StoreError
     from .proxies.result import LswagResult
     from .scoring import score
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "LswagResult", "Scorer", "StoreError", "ops", "score", "spaces"]
+__all__ = ["InputError", "LswagResult", "Scorer", "StoreError", "ops", "proxies", "score", "spaces"]
 
 _HOMES = {
     "InputError": "errors",

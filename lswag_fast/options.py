@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .errors import InputError
+from .proxies import registry
+from .proxies.proxy import Need, Proxy
 
 Pooling = Literal["union", "sum"]
 Numerator = Literal["one", "mean"]
@@ -38,6 +40,7 @@ class ScoreOptions:
     numerator: Numerator = "one"
     patterns_inside_window: bool = False
     extra_parameters: Sequence[str] = ()
+    proxies: Sequence[str | Proxy] = ("lswag",)
 
     def __post_init__(self) -> None:
         for name in ("groups", "pattern_samples"):
@@ -58,6 +61,12 @@ class ScoreOptions:
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("numerator", self.numerator, NUMERATORS)
         _one_of("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "proxies", registry.chosen(self.proxies))
+
+    def needs(self, *, whole: bool = False) -> frozenset[Need]:
+        """Returns what the proxies need from the shared pass; `whole`: those that look at the whole network alone."""
+        taken = [p for p in registry.chosen(self.proxies) if p.whole or not whole]
+        return frozenset().union(*(p.needs for p in taken))
 
     def resolved(self, samples: int, *, coupled: bool = False) -> ScoreOptions:
         """Returns these options with every automatic value decided for a batch of `samples` images.
@@ -101,7 +110,12 @@ class ScoreOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain values that JSON can hold."""
-        return asdict(self)
+        plain = asdict(replace(self, proxies=()))
+        return plain | {"proxies": sorted((p.to_dict() for p in registry.chosen(self.proxies)), key=_name)}
+
+
+def _name(proxy: dict[str, Any]) -> str:
+    return str(proxy["name"])
 
 
 def _integer(name: str, value: Any) -> int:

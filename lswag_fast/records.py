@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any, Literal
 
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
@@ -34,6 +34,8 @@ class Record:
     patterns_by_activation: tuple[int, ...] | None = None
     uncovered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    proxies: dict[str, float | None] = field(default_factory=dict)  # None: the proxy has no value; a warning says why
+    proxy_seconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     recorded: float = 0.0  # seconds since 1970
     run: int = 0  # the run of the store that recorded it
@@ -46,6 +48,7 @@ class Record:
             error = f"the score is not finite: lswag {result.lswag}, trainability {result.trainability}"
             return Record(key, dict(arch), "error", error, warnings=result.warnings, seconds=result.seconds)
         taken = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "options"}
+        taken["proxies"] = {n: v if math.isfinite(v) else None for n, v in result.proxies.items()}
         return Record(key, dict(arch), "ok", **taken)
 
     def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
@@ -58,7 +61,8 @@ class Record:
 
 COLUMNS = (
     "key, run, status, error, arch, lswag, trainability, expressivity, saturation, saturation_bound, parameters, "
-    "multiply_adds, sum_log_numel, positions, seconds, recorded, warnings, uncovered, patterns_by_activation, layers"
+    "multiply_adds, sum_log_numel, positions, seconds, recorded, warnings, uncovered, patterns_by_activation, proxies, "
+    "proxy_seconds, layers"
 )
 """The columns of a row, in order; `layers` is last, so that a scan without it never reads its pages."""
 
@@ -74,14 +78,15 @@ def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
         *((saturation.ratio, saturation.bound) if saturation else (None, None)),
         *counts,
         *(record.seconds, recorded, _json(record.warnings), _json(record.uncovered)),
-        *(None if by_activation is None else _json(by_activation), _json(_by_column(record.layers))),
+        *(None if by_activation is None else _json(by_activation), _json(record.proxies), _json(record.proxy_seconds)),
+        _json(_by_column(record.layers)),
     )
 
 
 def decode(row: Sequence[Any], *, reused: bool) -> Record:
     """Returns the record that a row in the order of `COLUMNS` (with or without `layers`) holds."""
     ok = row[2] == "ok"
-    layers = json.loads(row[19]) if len(row) > 19 else {}
+    layers = json.loads(row[21]) if len(row) > 21 else {}
     return Record(
         key=row[0],
         run=row[1],
@@ -98,6 +103,8 @@ def decode(row: Sequence[Any], *, reused: bool) -> Record:
         warnings=tuple(json.loads(row[16])),
         uncovered=tuple(json.loads(row[17])),
         patterns_by_activation=None if row[18] is None else tuple(json.loads(row[18])),
+        proxies=json.loads(row[19]),
+        proxy_seconds=json.loads(row[20]),
         layers=tuple(LayerRow(**dict(zip(layers, row, strict=True))) for row in zip(*layers.values(), strict=True)),
         reused=reused,
     )

@@ -94,6 +94,11 @@ def group_gradients(
     return _run(twin, images, labels, groups, _named(twin, parameters), loss).gradients
 
 
+def activation_signs(model: nn.Module, images: Tensor, labels: Tensor, groups: int) -> list[Tensor]:
+    """Returns bool [S, positions] of each activation in the order of its call: where its value is > 0."""
+    return _run(_float64_twin(model), images, labels, groups, {}, None).signs
+
+
 def pattern_words(activation: Tensor) -> list[bytes]:
     """Returns the pattern of each position of an activation [S, ...]: S bits, bit n set where sample n is > 0."""
     bits = (activation > 0).reshape(len(activation), -1).T.contiguous().numpy()
@@ -263,6 +268,8 @@ def _run(
 
 
 def _gradients(loss: Tensor, layers: dict[str, nn.Parameter]) -> Iterator[Tensor]:
+    if not layers:
+        return iter(())
     found = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
     return (torch.zeros_like(p) if g is None else g for p, g in zip(layers.values(), found, strict=True))
 

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,18 @@ from .capture.probe import probe
 from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
+from .clock import Clock
 from .errors import InputError
 from .losses import CrossEntropy, class_labels
 from .options import Numerator, Pooling, ScoreOptions
+from .proxies import registry
+from .proxies.evaluation import evaluate
+from .proxies.evaluation import seconds as proxy_seconds
+from .proxies.evidence import Evidence
+from .proxies.network import Network
+from .proxies.proxy import Proxy
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
-from .proxies.statistics import LswagStatistics, percentile
+from .proxies.statistics import PassStatistics
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -44,8 +51,9 @@ def score(
     numerator: Numerator = "one",
     patterns_inside_window: bool = False,
     extra_parameters: Sequence[str] = (),
+    proxies: Sequence[str | Proxy] = ("lswag",),
 ) -> LswagResult:
-    """Returns the L-SWAG score of `model` (Casarin et al., CVPR 2025, equations 1, 6, 7, 8).
+    """Returns the L-SWAG score of `model` (Casarin et al., CVPR 2025, equations 1, 6, 7, 8), and other proxies.
 
     The model is left as it was: parameters, gradients, buffers, modes, random states and torch's settings.
 
@@ -69,6 +77,8 @@ def score(
         patterns_inside_window: count Psi inside the window only.
         extra_parameters: names of parameters to score as layers too (biases, norms, embeddings), by the slow path and
             numbered after all others.
+        proxies: names (`lswag_fast.proxies.names()`), or proxies with options of their own, whose values and seconds
+            the result then has too. L-SWAG is always computed; those that need the same pass share it.
 
     Raises:
         InputError: the arguments do not fit the model or each other; nothing has been computed then.
@@ -85,6 +95,7 @@ def score(
         numerator=numerator,
         patterns_inside_window=patterns_inside_window,
         extra_parameters=extra_parameters,
+        proxies=proxies,
     )
     start = time.perf_counter()
     if options.device == "auto" and isinstance(images, Tensor) and images.device.type in ("cpu", "cuda"):
@@ -104,23 +115,26 @@ def score(
         warnings.simplefilter("always")
         if isinstance(labels, Tensor) and labels.is_inference():
             labels = labels.clone()  # inference tensors cannot be saved for a backward pass
-        sandbox = Sandbox(model, getattr(torch, resolved.dtype))
+        clock = clock_of(resolved)
         placeholder = torch.zeros(samples, dtype=torch.long) if loss is None else labels
-        plan = trace(sandbox, images, placeholder, loss_or_default, resolved.extra_parameters)
+        with clock("trace"):
+            sandbox = Sandbox(model, getattr(torch, resolved.dtype))
+            plan = trace(sandbox, images, placeholder, loss_or_default, resolved.extra_parameters)
         if plan.coupled is not None:
             resolved = options.resolved(samples, coupled=True)
         if isinstance(loss_or_default, CrossEntropy):
             labels = class_labels(labels, samples, loss_or_default.classes, seed)
         if isinstance(labels, Tensor):
             labels = labels.to(resolved.device)
-        probe(plan, sandbox, take(images, 2))
-        plan.restrict(lambda i: window[0] <= percentile(i + 1, len(plan.layers)) <= window[1])
-        statistics = LswagStatistics(plan, resolved, samples)
+        with clock("trace"):
+            probe(plan, sandbox, take(images, 2))
+        statistics = PassStatistics(plan, resolved, samples, clock, parameters=sandbox.parameters)
         assert resolved.groups is not None
-        losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
+        losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
         statistics.launch()
-        result = result_of(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
-        check_losses(losses)
+        network = Network(sandbox, plan, images, labels, loss_or_default, seed)
+        scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
+        result = scored.result(options, caught, start)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
@@ -142,38 +156,76 @@ def check_images(images: Tensor, device: str) -> None:
         raise InputError(f"images must be finite, but NaN or Inf is in image {shown}; leave it out or mend it")
 
 
-def result_of(
-    plan: Plan,
-    statistics: LswagStatistics,
-    resolved: ScoreOptions,
-    asked: ScoreOptions,
-    caught: list[str],
-    start: float,
-) -> LswagResult:
-    """Reads the statistics of a pass, launched, as a result; `caught` are warnings, `start` is when the score began."""
-    rows = statistics.rows()
-    psi, by_activation = statistics.patterns()
-    saturation = statistics.saturation(psi)
-    trainability = statistics.trainability(rows)
-    window_layers = [row for row in rows if row.in_window]
-    return LswagResult(
-        lswag=trainability * psi,
-        trainability=trainability,
-        expressivity=psi,
-        pattern_saturation=saturation,
-        counts=Counts(
-            parameters=plan.parameters,
-            multiply_adds=plan.multiply_adds,
-            sum_log_numel=float(torch.tensor([row.numel for row in window_layers], dtype=torch.float64).log().sum()),
-            positions=sum(statistics.positions()),
-        ),
-        layers=rows,
-        patterns_by_activation=by_activation,
-        uncovered=plan.uncovered,
-        warnings=tuple(_messages(plan, resolved, asked, rows, saturation)) + tuple(dict.fromkeys(caught)),
-        seconds=time.perf_counter() - start,
-        options=resolved.to_dict(),
-    )
+@dataclass(frozen=True)
+class Scored:
+    """A pass over one network that is through, or that a device is still computing."""
+
+    plan: Plan
+    statistics: PassStatistics
+    options: ScoreOptions  # resolved
+    clock: Clock
+    losses: Tensor  # [S]
+    make_network: Callable[[], Network]
+
+    def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
+        """Waits for the pass and returns its result; `start` is when the score began.
+
+        Raises ScoreError where a loss is not finite. Warnings that are caught until then are in the result.
+        """
+        statistics = self.statistics
+        rows = statistics.rows()
+        psi, by_activation = statistics.patterns()
+        check_losses(self.losses)
+        saturation = statistics.saturation(psi)
+        trainability = statistics.trainability(rows)
+        proxies = registry.chosen(self.options.proxies)
+        values, unavailable = evaluate(proxies, self._evidence(trainability, psi), self.clock)
+        messages = _messages(self.plan, self.options, asked, rows, saturation)
+        seconds = time.perf_counter() - start
+        return LswagResult(
+            lswag=trainability * psi,
+            trainability=trainability,
+            expressivity=psi,
+            pattern_saturation=saturation,
+            counts=Counts(
+                parameters=self.plan.parameters,
+                multiply_adds=self.plan.multiply_adds,
+                sum_log_numel=math.fsum(math.log(row.numel) for row in rows if row.in_window),
+                positions=sum(statistics.positions()),
+            ),
+            layers=rows,
+            patterns_by_activation=by_activation,
+            uncovered=self.plan.uncovered,
+            warnings=(*messages, *unavailable, *dict.fromkeys(str(w.message) for w in caught)),
+            proxies=values,
+            proxy_seconds=proxy_seconds(proxies, self.clock) if _several(self.options) else {"lswag": seconds},
+            seconds=seconds,
+            options=self.options.to_dict(),
+        )
+
+    def _evidence(self, trainability: float, psi: int) -> Evidence:
+        assert self.options.pattern_samples is not None
+        assert self.options.groups is not None
+        return Evidence(
+            layers=self.statistics.layers(),
+            trainability=trainability,
+            expressivity=psi,
+            parameters=self.plan.parameters,
+            multiply_adds=self.plan.multiply_adds,
+            groups=self.options.groups,
+            words=self.statistics.words(),
+            pattern_samples=self.options.pattern_samples,
+            make_network=self.make_network,
+        )
+
+
+def clock_of(options: ScoreOptions) -> Clock:
+    """Returns the clock of a score: one that stands still where L-SWAG alone is asked for."""
+    return Clock(options.device, running=_several(options))
+
+
+def _several(options: ScoreOptions) -> bool:
+    return [p.name for p in registry.chosen(options.proxies)] != ["lswag"]
 
 
 def _finite(row: LayerRow) -> bool:

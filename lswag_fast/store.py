@@ -26,7 +26,7 @@ from typing import Any
 from .errors import StoreError
 from .records import COLUMNS, Record, decode, encode
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REMOTE_CLAIM_SECONDS = 300.0
 """After this long without a sign of life, a claim made on another machine (or in another container) is taken over."""
 
@@ -42,13 +42,18 @@ CREATE TABLE records (
     arch TEXT NOT NULL, lswag REAL, trainability REAL, expressivity INTEGER, saturation REAL, saturation_bound TEXT,
     parameters INTEGER, multiply_adds INTEGER, sum_log_numel REAL, positions INTEGER, seconds REAL NOT NULL,
     recorded REAL NOT NULL, warnings TEXT NOT NULL, uncovered TEXT NOT NULL, patterns_by_activation TEXT,
-    layers TEXT NOT NULL);
+    proxies TEXT NOT NULL DEFAULT '{{}}', proxy_seconds TEXT NOT NULL DEFAULT '{{}}', layers TEXT NOT NULL);
 CREATE INDEX records_by_run ON records (run, status);
 CREATE INDEX records_by_score ON records (lswag) WHERE status = 'ok';
 CREATE TABLE claims (
     key TEXT PRIMARY KEY, owner TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL, born INTEGER NOT NULL,
     heartbeat REAL NOT NULL) WITHOUT ROWID;
 PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+_FROM_VERSION_1 = f"""
+ALTER TABLE records ADD COLUMN proxies TEXT NOT NULL DEFAULT '{{}}';
+ALTER TABLE records ADD COLUMN proxy_seconds TEXT NOT NULL DEFAULT '{{}}';
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _LIGHT_COLUMNS = COLUMNS.removesuffix(", layers")
@@ -185,15 +190,20 @@ class Store:
             for row in execute(query):
                 yield decode(row, reused=True)
 
-    def top(self, n: int, context: str) -> list[Record]:
-        """Returns the `n` highest L-SWAG scores with these settings, best first, without their layers."""
+    def top(self, n: int, context: str, *, by: str = "lswag") -> list[Record]:
+        """Returns the `n` highest with these settings, best first, without their layers.
+
+        Best by L-SWAG, or by the proxy that `by` names; candidates without its value are left out.
+        """
         # The plus keeps SQLite from sorting all records of the runs instead of walking the index by score.
+        value = "lswag" if by == "lswag" else "json_extract(proxies, ?)"
         query = (
             f"SELECT {_LIGHT_COLUMNS} FROM records WHERE status = 'ok' AND +run IN (SELECT id FROM runs WHERE "
-            f"context = ?) ORDER BY lswag DESC, key LIMIT ?"
+            f"context = ?) AND {value} IS NOT NULL ORDER BY {value} DESC, key LIMIT ?"
         )
+        path = [] if by == "lswag" else [f'$."{by}"']
         with self._reading() as execute:
-            return [decode(row, reused=True) for row in execute(query, (context, n)).fetchall()]
+            return [decode(row, reused=True) for row in execute(query, (context, *path, *path, n)).fetchall()]
 
     def _connect(self, read_only: bool) -> sqlite3.Connection:
         if self.path is None:
@@ -228,14 +238,20 @@ class Store:
         if application != _APPLICATION_ID and (tables or read_only):
             raise StoreError(f"{self.path} is an SQLite file, but no score store; use another file")
         if read_only:
+            if version < SCHEMA_VERSION:
+                raise StoreError(
+                    f"store {self.path} has schema version {version}, written by an older lswag_fast; score something "
+                    "into it once with this one, which brings it up to date"
+                )
             execute("PRAGMA query_only = ON")
             return
         execute("PRAGMA journal_mode = WAL")
         with self._writing(durable=True) as write:
             # Looked up again under the lock: another process may just have laid the schema.
-            if write("PRAGMA user_version").fetchone()[0] == 0:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    write(statement)
+            version = write("PRAGMA user_version").fetchone()[0]
+            script = {0: _SCHEMA, 1: _FROM_VERSION_1}.get(version, "")
+            for statement in filter(str.strip, script.split(";")):
+                write(statement)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Any]:

@@ -204,6 +204,18 @@ def test_export_of_nothing_leaves_no_file(run: Run) -> None:
     assert os.listdir() == ["s.db"]
 
 
+def test_nasbench201_is_scored_at_its_own_sizes_in_any_spelling(run: Run) -> None:
+    command = ("score", "--space", "nasbench201", "--samples", "4", "--images", "noise", "--device", "cpu")
+    code, out, err = run(*command, "--count", "1", "--dtype", "float32", "--threads", "1")
+    assert (code, err) == (0, "")
+    assert "S = 4, G = 2" in out
+    Path("cells.txt").write_text("(0, 0, 0, 0, 0, 3)\n|none~0|+|none~0|none~1|+|skip_connect~0|none~1|none~2|\n")
+    code, out, _ = run(*command, "--archs", "cells.txt", "--threads", "1")
+    assert code == 0
+    assert all(f"ops={digits}" in out for digits in ("000003", "110111"))
+    assert "has no option patch_size" in run(*command, "--patch-size", "4")[2]
+
+
 def test_spaces_lists_every_space(run: Run) -> None:
     code, out, _ = run("spaces")
     assert code == 0

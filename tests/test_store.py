@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import subprocess
@@ -31,6 +32,8 @@ RESULT = LswagResult(
     patterns_by_activation=(5, 3),
     uncovered=("odd",),
     warnings=("careful",),
+    proxies={"lswag": 12.0, "nwot": math.nan},
+    proxy_seconds={"lswag": 0.125, "nwot": 0.0625},
     seconds=0.125,
     options={},
 )
@@ -75,6 +78,8 @@ def test_record_comes_back_as_it_was_committed(tmp_path: Path) -> None:
     assert (kept.lswag, kept.counts, kept.warnings, kept.uncovered) == (12.0, RESULT.counts, ("careful",), ("odd",))
     assert kept.layers[0] == replace(LAYER, log_sum_inverse_sigma=0.333333333)
     assert kept.layers[1].log_sum_inverse_sigma is None
+    assert kept.proxies == {"lswag": 12.0, "nwot": None}
+    assert kept.proxy_seconds == RESULT.proxy_seconds
     assert found["b"].error == "RuntimeError: out of memory"
 
 
@@ -103,6 +108,32 @@ def test_top_ranks_finished_candidates_of_one_context(tmp_path: Path) -> None:
             ("context", 6, 1),
             ("other", 1, 0),
         ]
+
+
+def test_top_ranks_by_any_proxy(tmp_path: Path) -> None:
+    values = {"a": 1.0, "b": 3.0, "c": None, "d": 2.0}
+    with Store(tmp_path / "s.db") as store:
+        filled(store, *(replace(record(key), proxies={"nwot": value}) for key, value in values.items()))
+        assert [r.key for r in store.top(4, "context", by="nwot")] == ["b", "d", "a"]
+        assert store.top(4, "context", by="zico") == []
+
+
+def test_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    with Store(path) as store:
+        filled(store, record("a"))
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE records DROP COLUMN proxies")
+        connection.execute("ALTER TABLE records DROP COLUMN proxy_seconds")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    with pytest.raises(StoreError, match=r"version 1, written by an older lswag_fast"):
+        Store(path, read_only=True)
+    with Store(path) as store:
+        assert store.find(["a"])["a"].proxies == {}
+        filled(store, record("b"))
+    with Store(path, read_only=True) as store:
+        assert store.find(["b"])["b"].proxies["lswag"] == 12.0
 
 
 def test_equal_runs_are_one() -> None:

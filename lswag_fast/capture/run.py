@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..clock import Clock
 from ..errors import ScoreError
 from ..ops.gradient_moments import Convolution
 from . import functions as fn
 from . import intercept
 from .functions import Kind
 from .plan import Activation, Layer, Plan, Use
+from .samples import SampleAxis
 from .sandbox import Sandbox
 
 Loss = Callable[[Any, Any], Tensor]
+
+_WITH_OUTPUTS = (Kind.LINEAR, Kind.MATMUL, Kind.CONVOLUTION)
 
 
 class Consumer(Protocol):
@@ -33,12 +38,26 @@ class Consumer(Protocol):
         """Reads a post-activation [s, ...]: that of the samples from `first_sample` on."""
 
     def weight(
-        self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None
+        self,
+        layer: Layer,
+        inputs: list[Tensor],
+        output_grads: list[Tensor],
+        convolution: Convolution | None,
+        operand: Tensor,
     ) -> None:
-        """Reads the inputs [S, ..., I] and output gradients [S, ..., O] of every use of a weight."""
+        """Reads the inputs [S, ..., I] and output gradients [S, ..., O] of every use of a weight.
+
+        `operand` is the weight as its first use has it: [O, I], or the kernel of the convolution.
+        """
 
     def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Reads the gradient of the next group's mean loss, for a weight on the slow path."""
+
+    def wants_outputs(self) -> bool:
+        """Whether the outputs of layers are to be handed over."""
+
+    def output(self, layer: Layer, output: Tensor, output_grad: Tensor, channel_axis: int) -> None:
+        """Reads the output of one use of a layer, samples first, and the gradient there; `channel_axis` is negative."""
 
 
 class CaptureMode(TorchFunctionMode):
@@ -54,8 +73,10 @@ class CaptureMode(TorchFunctionMode):
         self._next = 0
         self.anchor = torch.zeros((), requires_grad=True)
         self._pending: dict[int, list[tuple[Use, Tensor, Tensor]]] = {}
+        self._operands: dict[int, Tensor] = {}
         self.delivered: set[int] = set()  # layers handed over, by position in the plan
         self._uses = [sum(isinstance(a, Use) and a.layer == i for a in plan.actions) for i in range(len(plan.layers))]
+        self._layer_of = {c: i for i, layer in enumerate(plan.layers) for c in layer.calls if layer.kept}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,15 +92,44 @@ class CaptureMode(TorchFunctionMode):
         action = self._take_action(kind)
         if isinstance(action, Activation):
             return self._activation(action, func, args, kwargs)
-        if not isinstance(action, Use) or not self._fused:
-            return func(*args, **kwargs)
-        return self._product(action, kind, func, args, kwargs)
+        index = self._next - 1
+        if isinstance(action, Use) and self._fused:
+            out = self._product(action, kind, func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        # Of layers on the slow path of a model whose samples are not coupled, the samples cannot be told.
+        seen = kind in _WITH_OUTPUTS and (action is not None or self._plan.coupled is not None)
+        if seen and out.requires_grad and index in self._layer_of and self._consumer.wants_outputs():
+            self._observe(index, action, out, lambda: func(*args, **kwargs))
+        return out
+
+    def _observe(self, index: int, action: Use | None, out: Tensor, again: Callable[[], Tensor]) -> None:
+        """Hands over an output of a layer once its gradient is known; computes it again where it was overwritten."""
+        layer = self._plan.layers[self._layer_of[index]]
+        axis = action.axis if action is not None else SampleAxis(0, len(out) // self._samples)
+        kind = self._plan.kinds[index]
+        channel_axis = -1
+        if kind is Kind.CONVOLUTION:
+            channel_axis = 1 - out.dim()
+        elif action is not None and not action.weight_on_right:
+            channel_axis = -2
+        kept, version = out.detach(), out._version
+
+        def observed(grad: Tensor) -> None:
+            with torch.no_grad():
+                output = kept if kept._version == version else again()
+            output, grad = (axis.split(t.detach(), self._samples) for t in (output, grad))
+            self._consumer.output(layer, output, grad, channel_axis)
+
+        out.register_hook(observed)  # type: ignore[no-untyped-call]
 
     def _product(self, action: Use, kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if kind is Kind.CONVOLUTION:
             call = fn.convolution_arguments(args, kwargs)
             geometry = _convolution(call)
-            return intercept.convolution(call, self.anchor, lambda x, grad: self._deliver(action, x, grad, geometry))
+            return intercept.convolution(
+                call, self.anchor, lambda x, grad: self._deliver(action, x, grad, geometry, call.weight)
+            )
         if kind is Kind.LINEAR:
             product: fn.Product | None = fn.linear_arguments(args, kwargs)
         else:
@@ -90,7 +140,7 @@ class CaptureMode(TorchFunctionMode):
             product.weight,
             product.bias,
             self.anchor,
-            lambda x, grad: self._deliver(action, x, grad, None),
+            lambda x, grad: self._deliver(action, x, grad, None, product.weight),
         )
         return out.transpose(-1, -2) if product.transposed else out
 
@@ -113,9 +163,11 @@ class CaptureMode(TorchFunctionMode):
         self._consumer.activated(action, axis.split(post.detach(), self._samples), self._first_sample)
         return post
 
-    def _deliver(self, use: Use, x: Tensor, grad: Tensor, convolution: Convolution | None) -> None:
+    def _deliver(self, use: Use, x: Tensor, grad: Tensor, convolution: Convolution | None, operand: Tensor) -> None:
         pending = self._pending.setdefault(use.layer, [])
         pending.append((use, x, grad))
+        if not use.swapped:
+            self._operands[use.layer] = operand
         if len(pending) < self._uses[use.layer]:
             return
         del self._pending[use.layer]
@@ -126,7 +178,9 @@ class CaptureMode(TorchFunctionMode):
             for a_view, d_view in self._by_sample(one, a, d, convolution):
                 inputs.append(d_view if one.swapped else a_view)
                 grads.append(a_view if one.swapped else d_view)
-        self._consumer.weight(self._plan.layers[use.layer], inputs, grads, convolution)
+        self._consumer.weight(
+            self._plan.layers[use.layer], inputs, grads, convolution, self._operands.pop(use.layer).detach()
+        )
 
     def _by_sample(
         self, use: Use, x: Tensor, grad: Tensor, convolution: Convolution | None
@@ -143,7 +197,14 @@ class CaptureMode(TorchFunctionMode):
 
 
 def run(
-    plan: Plan, sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, groups: int, consumer: Consumer
+    plan: Plan,
+    sandbox: Sandbox,
+    images: Tensor,
+    labels: Any,
+    loss: Loss,
+    groups: int,
+    consumer: Consumer,
+    clock: Clock,
 ) -> Tensor:
     """Runs the model on `images` [S, ...], hands `consumer` everything the plan says, and returns the losses [S].
 
@@ -156,20 +217,21 @@ def run(
     kept: list[Tensor] = []
     if plan.coupled is None:
         mode = CaptureMode(plan, consumer, samples, fused=True)
-        with mode:
+        with clock("forward"), mode:
             output = sandbox(images)
         losses = loss(output, labels)
         kept = [losses.detach()]
         expected = {action.layer for action in plan.actions if isinstance(action, Use)}
         if expected:
             # To the anchor alone: no leaf of the model, the loss or the images gets a gradient.
-            torch.autograd.grad(losses.sum(), mode.anchor, allow_unused=True)
+            with clock("backward"):
+                torch.autograd.grad(losses.sum(), mode.anchor, allow_unused=True)
         del output, losses
         for missing in expected - mode.delivered:
             plan.layers[missing].slow_reason = "the backward pass did not reach every use of it"
     slow = [layer for layer in plan.layers if layer.kept and not layer.fused]
     if slow or plan.coupled is not None:
-        of_groups = _run_groups(plan, slow, sandbox, images, labels, loss, groups, consumer)
+        of_groups = _run_groups(plan, slow, sandbox, images, labels, loss, groups, consumer, clock)
         kept = kept or of_groups
     return torch.cat(kept)
 
@@ -183,6 +245,7 @@ def _run_groups(
     loss: Loss,
     groups: int,
     consumer: Consumer,
+    clock: Clock,
 ) -> list[Tensor]:
     kept = []
     leaves = {layer.name: sandbox.parameters[layer.name].detach().requires_grad_() for layer in slow}
@@ -192,16 +255,15 @@ def _run_groups(
         part = images[first : first + size]
         part_labels = labels[first : first + size] if isinstance(labels, Tensor) else labels
         parameters = {**sandbox.parameters, **leaves}
-        if plan.coupled is None:
+        mode = CaptureMode(plan, consumer, size, fused=False, first_sample=first) if plan.coupled else nullcontext()
+        with clock("forward"), mode:
             output = sandbox.run(parameters, sandbox.buffers, part)
-        else:
-            with CaptureMode(plan, consumer, size, fused=False, first_sample=first):
-                output = sandbox.run(parameters, sandbox.buffers, part)
         losses = loss(output, part_labels)
         kept.append(losses.detach())
         if not slow:
             continue
-        gradients = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
+        with clock("backward"):
+            gradients = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
         for layer, gradient in zip(slow, gradients, strict=True):
             consumer.group_gradient(layer, torch.zeros_like(leaves[layer.name]) if gradient is None else gradient)
     return kept

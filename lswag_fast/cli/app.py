@@ -41,7 +41,7 @@ def score(
     seed: Annotated[int, typer.Option(min=0, help="Draws candidates, weights, images, crops and labels.")] = 0,
     archs: Annotated[
         Path | None,
-        typer.Option(help="Candidates to score, one JSON object a line, instead of random ones."),
+        typer.Option(help="Candidates to score, one a line in any spelling of the space, instead of random ones."),
     ] = None,
     images: Annotated[
         str, typer.Option(help="noise; photos (crops of scikit-learn's photographs); or a folder of images.")
@@ -49,14 +49,23 @@ def score(
     samples: Annotated[int, typer.Option(help="S, the images of the batch.")] = 64,
     groups: Annotated[
         int | None,
-        typer.Option(help="G, the gradient groups; a divisor of S. S by default."),
+        typer.Option(help="G, the gradient groups; a divisor of S. S by default, 2 for nasbench201."),
     ] = None,
     store: StoreOption = Path("scores.db"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    image_size: Annotated[int, typer.Option(help="Height and width of the images, pixels.")] = 224,
-    patch_size: Annotated[int, typer.Option(help="Height and width of a patch, pixels.")] = 16,
-    num_classes: Annotated[int, typer.Option(help="Logits of a candidate.")] = 1000,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Height and width of the images, pixels: 224 by default, 32 for nasbench201."),
+    ] = None,
+    patch_size: Annotated[
+        int | None,
+        typer.Option(help="Height and width of a patch, pixels, in AutoFormer spaces: 16 by default."),
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(help="Logits of a candidate: 1000 by default, 10 for nasbench201."),
+    ] = None,
     window: Annotated[
         tuple[int, int], typer.Option(help="First and last percentile of depth that Lambda sums over.")
     ] = (0, 100),
@@ -67,6 +76,9 @@ def score(
         int | None,
         typer.Option(help="Count patterns over the first images only; 18 to 24 keeps Psi off its bounds."),
     ] = None,
+    proxies: Annotated[
+        str, typer.Option(help="Other proxies to compute too, with commas between; `lswag-fast proxies` lists them.")
+    ] = "",
     top: Annotated[int, typer.Option(min=0, help="Rows of the table at the end.")] = 10,
     as_json: JsonOption = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score failed candidates again.")] = False,
@@ -78,9 +90,10 @@ def score(
     """Scores candidates into a store; what the store holds already is not computed again."""
     from .score import Request, run
 
+    sizes = {"image_size": image_size, "patch_size": patch_size, "num_classes": num_classes}
     request = Request(
         space=space,
-        space_options={"image_size": image_size, "patch_size": patch_size, "num_classes": num_classes},
+        space_options={name: size for name, size in sizes.items() if size is not None},
         count=count,
         seed=seed,
         archs=archs,
@@ -94,6 +107,7 @@ def score(
             "window": window,
             "pooling": pooling,
             "pattern_samples": pattern_samples,
+            "proxies": ("lswag", *(name for name in proxies.replace(" ", "").split(",") if name not in ("", "lswag"))),
         },
         top=top,
         as_json=as_json,
@@ -108,12 +122,13 @@ def top(
     store: StoreOption = Path("scores.db"),
     n: Annotated[int, typer.Option("-n", min=1, help="Rows.")] = 10,
     context: Annotated[str, typer.Option(help="Settings to rank, by the first characters of their id.")] = "",
+    by: Annotated[str, typer.Option(help="The proxy to rank by.")] = "lswag",
     as_json: JsonOption = False,
 ) -> None:
     """Shows the best candidates of a store: those of the newest settings, or of --context."""
     from .tables import show_top
 
-    show_top(store, n, context, as_json=as_json)
+    show_top(store, n, context, by, as_json=as_json)
 
 
 @app.command()
@@ -136,6 +151,14 @@ def spaces(as_json: JsonOption = False) -> None:
     from .tables import show_spaces
 
     show_spaces(as_json=as_json)
+
+
+@app.command()
+def proxies(as_json: JsonOption = False) -> None:
+    """Lists the proxies, and where each comes from."""
+    from .tables import show_proxies
+
+    show_proxies(as_json=as_json)
 
 
 @app.command()

@@ -42,6 +42,8 @@ def write(store: Path, form: str, output: Path) -> int:
 def _rows(store: Store, *, layers: bool) -> Iterator[dict[str, Any]]:
     """Flat rows: the record, then the settings of its run."""
     runs = {run.id: _flat_settings(run) for run in store.runs()}
+    used = {proxy["name"] for run in store.runs() for proxy in run.metadata["options"].get("proxies", ())}
+    proxies = sorted(used - {"lswag"})
     for record in store.records(layers=layers):
         row = record.to_dict(layers=layers)
         counts, saturation = row.pop("counts"), row.pop("pattern_saturation")
@@ -52,6 +54,9 @@ def _rows(store: Store, *, layers: bool) -> Iterator[dict[str, Any]]:
             "saturation_bound": saturation and saturation["bound"],
         }
         del row["reused"]
+        values, seconds = row.pop("proxies"), row.pop("proxy_seconds")
+        for name in proxies:
+            row |= {f"proxy_{name}": values.get(name), f"proxy_{name}_seconds": seconds.get(name)}
         yield row | runs[record.run]
 
 
@@ -96,7 +101,7 @@ def _parquet(store: Store, path: Path) -> int:
     writer = None
     try:
         while group := [{n: _scalar(v) for n, v in row.items()} for row in islice(rows, _ROW_GROUP)]:
-            kinds = {name: _PARQUET_TYPES.get(name, "string") for name in group[0]}
+            kinds = {name: _parquet_type(name) for name in group[0]}
             schema = arrow.schema([(name, arrow.type_for_alias(kind)) for name, kind in kinds.items()])
             writer = writer or parquet.ParquetWriter(path, schema)
             writer.write_table(arrow.Table.from_pylist(group, schema=schema))
@@ -105,6 +110,10 @@ def _parquet(store: Store, path: Path) -> int:
         if writer:
             writer.close()
     return written
+
+
+def _parquet_type(name: str) -> str:
+    return "float64" if name.startswith("proxy_") else _PARQUET_TYPES.get(name, "string")
 
 
 def _scalar(value: Any) -> Any:

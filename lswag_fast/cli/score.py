@@ -45,7 +45,7 @@ class Request:
 
 @dataclass
 class ArchFile:
-    """Candidates of a file with one JSON object a line; lines that hold none are told and counted."""
+    """Candidates of a file with one a line, as the space decodes it; lines that hold none are told and counted."""
 
     path: Path
     space: Any
@@ -99,9 +99,9 @@ def run(request: Request) -> int:
     batch = images.load(
         request.images,
         request.samples,
-        image_size=request.space_options["image_size"],
+        image_size=space.options["image_size"],
         seed=request.seed,
-        num_classes=request.space_options["num_classes"],
+        num_classes=space.options["num_classes"],
     )
     scorer = Scorer(
         space,

@@ -19,7 +19,7 @@ from ..store import Run, Store
 _WIDTH_IN_A_PIPE = 160
 
 
-def show_top(store: Path, n: int, context: str, *, as_json: bool) -> None:
+def show_top(store: Path, n: int, context: str, by: str, *, as_json: bool) -> None:
     """Prints the `n` best candidates of the settings whose id begins with `context`, the newest by default."""
     with Store(store, read_only=True) as opened:
         by_context = {run.context: run for run in opened.runs() if run.candidates}
@@ -28,22 +28,26 @@ def show_top(store: Path, n: int, context: str, *, as_json: bool) -> None:
             raise InputError(f"{store} holds no scores{f' with settings {context}' if context else ''}")
         if context and len(chosen) > 1:
             raise InputError(f"{len(chosen)} settings begin with {context}; give more characters of the id")
-        best = opened.top(n, chosen[-1].context)
+        best = opened.top(n, chosen[-1].context, by=by)
+        if not best and by != "lswag":
+            kept = ", ".join(p["name"] for p in chosen[-1].metadata["options"].get("proxies", ())) or "lswag"
+            raise InputError(f"{store} holds no values of {by!r} with settings {chosen[-1].context[:8]}, but of {kept}")
     if as_json:
         for record in best:
             print(json.dumps(record.to_dict(layers=False)))
         return
-    ranking(best)
+    ranking(best, by)
     if len(by_context) > 1:
         print("The store holds several settings, whose scores are not comparable; choose with --context:")
         for run in by_context.values():
             print(f"  {_settings(run)}{'  (shown)' if run is chosen[-1] else ''}")
 
 
-def ranking(records: Sequence[Record]) -> None:
-    """Prints records as a ranked table on stdout."""
+def ranking(records: Sequence[Record], by: str = "lswag") -> None:
+    """Prints records, ranked by a proxy, as a table on stdout."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("rank", "L-SWAG", "Lambda", "Psi", "parameters", "multiply-adds", "saturation"):
+    other = [] if by == "lswag" else [by]
+    for heading in ("rank", *other, "L-SWAG", "Lambda", "Psi", "parameters", "multiply-adds", "saturation"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("arch", overflow="fold")
     for rank, r in enumerate(records, start=1):
@@ -51,7 +55,13 @@ def ranking(records: Sequence[Record]) -> None:
         if counts is None or saturation is None:
             continue
         table.add_row(
-            *(str(rank), f"{r.lswag:.6g}", f"{r.trainability:.6g}", str(r.expressivity)),
+            *(
+                str(rank),
+                *(f"{r.proxies[name]:.6g}" for name in other),
+                f"{r.lswag:.6g}",
+                f"{r.trainability:.6g}",
+                str(r.expressivity),
+            ),
             *(f"{counts.parameters / 1e6:.2f} M", f"{counts.multiply_adds / 1e9:.3f} G"),
             *(f"{saturation.ratio:.3f}", short_arch(r.arch)),
         )
@@ -80,7 +90,25 @@ def show_spaces(*, as_json: bool) -> None:
         least, most = row["multiply_adds"]
         options = short_arch(row["options"])
         parameters, macs = f"{low / 1e6:.1f} to {high / 1e6:.1f} M", f"{least / 1e9:.2f} to {most / 1e9:.2f} G"
-        table.add_row(row["name"], f"{row['candidates']:.3g}", parameters, macs, options)
+        count = row["candidates"]
+        table.add_row(row["name"], f"{count:.3g}" if count >= 1e6 else f"{count:,}", parameters, macs, options)
+    _console().print(table)
+
+
+def show_proxies(*, as_json: bool) -> None:
+    """Prints every proxy with its source, and whether it takes gradients."""
+    from ..proxies import get, names
+
+    found = [get(name) for name in names()]
+    if as_json:
+        for proxy in found:
+            print(json.dumps({"name": proxy.name, "gradient_based": proxy.gradient_based, "source": proxy.source}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("proxy", "gradients", "source"):
+        table.add_column(heading, overflow="fold")
+    for proxy in found:
+        table.add_row(proxy.name, "yes" if proxy.gradient_based else "no", proxy.source)
     _console().print(table)
 
 

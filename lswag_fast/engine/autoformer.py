@@ -10,20 +10,23 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import scoring
-from ..capture import Activation, Layer, Plan, SampleAxis
-from ..capture.run import check_losses
+from ..capture import Activation, Layer, Plan, SampleAxis, Sandbox
 from ..capture.sandbox import torch_settings
+from ..clock import Clock
 from ..losses import CrossEntropy, class_labels
 from ..options import ScoreOptions
+from ..proxies.network import Network
+from ..proxies.proxy import Need
 from ..proxies.result import LswagResult
-from ..proxies.statistics import LswagStatistics, percentile
+from ..proxies.statistics import PassStatistics
+from ..scoring import Scored, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, Weights
@@ -46,13 +49,14 @@ class AutoFormerEngine:
     def __init__(
         self, supernet: AutoFormerSupernet, images: Tensor, labels: Any, loss: Loss | None, options: ScoreOptions
     ) -> None:
-        self._space = supernet.space
+        self._supernet, self._space = supernet, supernet.space
         self._options = options
         dtype: torch.dtype = getattr(torch, options.dtype)
         sizes = supernet.space.options
         side = sizes["image_size"] // sizes["patch_size"]
         self._grid, self._classes = (side, side), sizes["num_classes"]
         self._weights = Weights(supernet.cast(dtype).to(options.device).state_dict())
+        self._images = images.to(options.device)
         self._patches = _patches(images.to(options.device), sizes["patch_size"]).to(dtype)
         if loss is None:
             labels = class_labels(labels, len(images), self._classes, options.seed)
@@ -77,33 +81,42 @@ class AutoFormerEngine:
     def launch(self, arch: Arch, *, at_once: bool = False) -> PendingScore:
         """Starts the score of a candidate; on a device nothing here waits for it, unless weights go one at a time."""
         start = time.perf_counter()
+        clock = clock_of(self._options)
         plan = self._plan(arch)
-        statistics = LswagStatistics(plan, self._options, len(self._patches), at_once=at_once)
+        statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
         with torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            losses = self._run(arch, plan, statistics)
+            losses = self._run(arch, plan, statistics, clock)
             statistics.launch()
-            messages = [str(w.message) for w in caught]
-        return PendingScore(plan, statistics, self._options, messages, start, losses)
+        scored = Scored(plan, statistics, self._options, clock, losses, partial(self._network, arch, plan))
+        return PendingScore(scored, caught, start)
 
-    def _run(self, arch: Arch, plan: Plan, statistics: LswagStatistics) -> Tensor:
+    def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock) -> Tensor:
         def activate(block: int, pre: Tensor) -> Tensor:
             activation = plan.activations[block]
             return statistics.activate(activation, pre, "gelu") if statistics.wants(activation) else F.gelu(pre)
 
-        def deliver(position: int, inputs: Tensor, output_grads: Tensor) -> None:
+        def deliver(position: int, inputs: Tensor, output_grads: Tensor, operand: Tensor) -> None:
             if plan.layers[position].kept:
-                statistics.weight(plan.layers[position], [inputs], [output_grads], None)
+                statistics.weight(plan.layers[position], [inputs], [output_grads], None, operand)
 
         candidate = AutoFormerPass(self._weights, arch, self._patches, self._grid, self._classes)
-        logits = candidate.forward(activate).requires_grad_()
+        with clock("forward"):
+            logits = candidate.forward(activate).requires_grad_()
         with torch.enable_grad():
             losses = self._loss(logits, self._labels)
             (grad,) = torch.autograd.grad(losses.sum(), logits)
         first = next((i for i, layer in enumerate(plan.layers) if layer.kept), None)
         if first is not None:
-            candidate.backward(grad, deliver, first)
+            with clock("backward"):
+                candidate.backward(grad, deliver, first)
         return losses.detach()
+
+    def _network(self, arch: Arch, plan: Plan) -> Network:
+        """Returns the candidate as a module, for proxies that run passes of their own."""
+        model = self._supernet.subnet(arch).to(self._options.device).eval()
+        sandbox = Sandbox(model, getattr(torch, self._options.dtype))
+        return Network(sandbox, plan, self._images, self._labels, self._loss, self._options.seed)
 
     def _plan(self, arch: Arch) -> Plan:
         """Returns what a trace of the candidate would find."""
@@ -119,35 +132,28 @@ class AutoFormerEngine:
                 _layer(f"blocks.{block}.{name}", n, len(layers) + i) for i, (name, n) in enumerate(numels.items())
             ]
         layers.append(_layer("head", self._classes * embed, len(layers)))
-        plan = Plan(layers, activations, [], [], None, (), self._space.macs(arch), self._space.params(arch))
-        first, last = self._options.window
-        plan.restrict(lambda i: first <= percentile(i + 1, len(layers)) <= last)
-        return plan
+        return Plan(layers, activations, [], [], None, (), self._space.macs(arch), self._space.params(arch))
 
 
 @dataclass(frozen=True)
 class PendingScore:
     """A score that a device may still be computing."""
 
-    plan: Plan
-    statistics: LswagStatistics
-    options: ScoreOptions
-    messages: list[str]
+    scored: Scored
+    caught: list[warnings.WarningMessage]
     start: float
-    losses: Tensor
 
     def finish(self) -> LswagResult:
         """Waits for it and returns it; raises ScoreError where a loss is not finite."""
-        result = scoring.result_of(self.plan, self.statistics, self.options, self.options, self.messages, self.start)
-        check_losses(self.losses)
-        return result
+        with torch_settings():  # for proxies with passes of their own
+            return self.scored.result(self.scored.options, self.caught, self.start)
 
 
 def engine_for(
     supernet: Any, images: Tensor, labels: Any, loss: Loss | None, options: ScoreOptions
 ) -> AutoFormerEngine | None:
     """Returns the engine of a supernet and resolved options; None: its candidates are scored as any other module."""
-    if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters:
+    if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters or Need.OUTPUTS in options.needs():
         return None
     return AutoFormerEngine(supernet, images, labels, loss, options)
 

@@ -26,8 +26,8 @@ LAYERS_A_BLOCK = 4
 
 Activate = Callable[[int, Tensor], Tensor]
 """(number of the block, pre-activation [S, T, hidden]) -> GELU of it."""
-Deliver = Callable[[int, Tensor, Tensor], None]
-"""(position of the layer, its inputs [S, ..., I], the gradients at its outputs [S, ..., O])."""
+Deliver = Callable[[int, Tensor, Tensor, Tensor], None]
+"""(position of the layer, its inputs [S, ..., I], the gradients at its outputs [S, ..., O], its weight [O, I])."""
 
 
 class Weights:
@@ -153,7 +153,7 @@ class AutoFormerPass:
         Frees what a block kept as soon as it is through, so that it can run once.
         """
         position = LAYERS_BEFORE + LAYERS_A_BLOCK * len(self._blocks)
-        deliver(position, self._pooled, grad)
+        deliver(position, self._pooled, grad, self._head)
         if first >= position:
             return
         grad_pooled = grad @ self._head
@@ -164,22 +164,23 @@ class AutoFormerPass:
             position -= LAYERS_A_BLOCK
             grad = self._backward_of(self._blocks.pop(), grad, partial(_from, deliver, position), first - position)
         if first < LAYERS_BEFORE:
-            deliver(0, self._patches, grad[:, 1:])
+            patches = self._weights.view("patch_embed_super.proj.weight", self._embed, self._patches.shape[2])
+            deliver(0, self._patches, grad[:, 1:], patches)
 
     @staticmethod
     def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, first: int) -> Tensor:
         """Returns the gradient at the input of a block, whose layers are 0 to 3; those below `first` are not needed."""
-        deliver(3, block.post, grad)
+        deliver(3, block.post, grad, block.narrow)
         grad_pre = activation_backward(grad @ block.narrow, block.pre, "gelu")
-        deliver(2, block.mlp_norm.normalised, grad_pre)
+        deliver(2, block.mlp_norm.normalised, grad_pre, block.widen)
         if first >= 2:
             return grad
         grad = block.mlp_norm.backward(grad_pre @ block.widen, grad)
-        deliver(1, block.context.detach(), grad)
+        deliver(1, block.context.detach(), grad, block.projection)
         (grad_qkv,) = torch.autograd.grad(block.context, block.qkv, grad @ block.projection)
-        deliver(0, block.attention_norm.normalised, grad_qkv)
+        deliver(0, block.attention_norm.normalised, grad_qkv, block.query_weight)
         return block.attention_norm.backward(grad_qkv @ block.query_weight, grad)
 
 
-def _from(deliver: Deliver, position: int, layer: int, inputs: Tensor, output_grads: Tensor) -> None:
-    deliver(position + layer, inputs, output_grads)
+def _from(deliver: Deliver, position: int, layer: int, inputs: Tensor, output_grads: Tensor, operand: Tensor) -> None:
+    deliver(position + layer, inputs, output_grads, operand)

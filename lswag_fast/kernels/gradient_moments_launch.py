@@ -2,7 +2,7 @@
 
 A launch makes one table on the host, copies it once, and starts three to a handful of kernels; nothing is read back
 before `finish`. Programs hold their tiles in registers: beyond operands there are the table (about 0.5 KB a weight)
-and 40 bytes a tile.
+and 40 bytes a tile, 88 where signed moments are asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,9 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import InputError
-from . import gradient_moments as kernels
-from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, tile_for
-from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of
+from .gradient_moments import moments_of_tiles
+from .gradient_moments_depthwise import moments_of_depthwise
+from .gradient_moments_shared import OPERAND_FIELDS, largest_magnitudes, sums_of_tiles
+from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, depthwise_tile, tile_for
+from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of, without_product
+from .gradient_moments_windows import moments_of_windows
+from .launch import power_of_two
 
 FEW_GROUPS = 3
 SAMPLED_ELEMENTS = 1 << 16
@@ -49,18 +53,28 @@ class Weight:
     dilation: tuple[int, int] = (1, 1)
     channel_groups: int = 1
     tf32: bool = False
-    sigma: Tensor | None = None
-    """Where the map of sigma goes, float64 and contiguous, with `mean` beside it; or None."""
-    mean: Tensor | None = None
+    signed: bool = False
+    maps: Tensor | None = None
+    """Where the maps go, float64 [2 or (signed) 5, numel] in the order of MomentMaps, contiguous; or None."""
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether a channel group has one input channel: then the whole weight is one matrix, a row an output."""
+        return self.inputs[0].shape[1] == self.channel_groups > 1
+
+    @property
+    def planes(self) -> int:
+        """How many matrices the weight is, one below the other: channel groups."""
+        return 1 if self.depthwise else self.channel_groups
 
     @property
     def height(self) -> int:
-        """Rows of the weight, of one channel group."""
-        return self.output_grads[0].shape[1] // self.channel_groups
+        """Rows of one matrix of the weight."""
+        return self.output_grads[0].shape[1] // self.planes
 
     @property
     def width(self) -> int:
-        """Columns of the weight."""
+        """Columns of the weight: input channels of a group times the taps of its kernel."""
         return self.inputs[0].shape[1] // self.channel_groups * math.prod(self.kernel)
 
 
@@ -68,18 +82,19 @@ class Weight:
 class _Form:
     """Which compiled kernel a weight takes: decided by its own layout alone, whatever shares the launch."""
 
-    windows: bool
+    kernel: Any
+    tile: Tile
     a_type: torch.dtype
     d_type: torch.dtype
     kind: str
     unit: int
     maps: bool
+    signed: bool
 
 
 @dataclass
 class _Plan:
     form: _Form
-    tile: Tile
     slots: list[int] = field(default_factory=list)
     end_tile: int = 0
     """Tiles are numbered through all plans; this one's end before it."""
@@ -87,12 +102,12 @@ class _Plan:
 
 @dataclass(frozen=True)
 class Launched:
-    """What runs on the device: read `results` float64 [weights, 8] when it is done; operands are kept alive here."""
+    """What runs on the device, and the operands it reads: `results` are float64 [weights, 8 or (signed) 14]."""
 
     results: Tensor
     weights: Sequence[Weight]
     everything_seen: Sequence[bool]
-    held: Sequence[Tensor]
+    held: Sequence[Tensor | None]
 
 
 def launch(weights: Sequence[Weight], *, every_element: bool = False) -> Launched:
@@ -118,11 +133,15 @@ def _start(weights: Sequence[Weight], plans: Sequence[_Plan], *, every_element: 
         problems, uses, ends, operands, slots = sections
         magnitudes = slots.view(torch.int32)
         partials = torch.empty(plans[-1].end_tile * 5, dtype=torch.float64, device=device)
-        results = torch.empty(len(weights), 8, dtype=torch.float64, device=device)
+        signed = any(weight.signed for weight in weights)
+        signed_partials = torch.empty(plans[-1].end_tile * 6, dtype=torch.float64, device=device) if signed else None
+        results = torch.empty(len(weights), 14 if signed else 8, dtype=torch.float64, device=device)
         _find_magnitudes(weights, operands, magnitudes)
-        _work_through(plans, (problems, uses, ends, magnitudes, partials), device)
-        kernels.sums_of_tiles[(len(weights),)](problems, magnitudes, partials, results, BLOCK=SUMS_BLOCK, num_warps=4)
-    return Launched(results, weights, seen, (table, on_device, partials))
+        _work_through(plans, (problems, uses, ends, magnitudes, partials), signed_partials, device)
+        sums_of_tiles[(len(weights),)](
+            problems, magnitudes, partials, signed_partials, results, BLOCK=SUMS_BLOCK, SIGNED=signed, num_warps=4
+        )
+    return Launched(results, weights, seen, (table, on_device, partials, signed_partials))
 
 
 def workspace_bytes(weights: Sequence[Weight]) -> int:
@@ -130,7 +149,8 @@ def workspace_bytes(weights: Sequence[Weight]) -> int:
     device = weights[0].inputs[0].device
     plans = _plans(weights, _architecture(device))
     table, _, _ = _table(weights, plans, every_element=False)
-    return table.numel() * 8 + plans[-1].end_tile * 40 + len(weights) * 64
+    tile, weight = (88, 112) if any(w.signed for w in weights) else (40, 64)
+    return table.numel() * 8 + plans[-1].end_tile * tile + len(weights) * weight
 
 
 @cache
@@ -153,7 +173,7 @@ def _programs(device: torch.device, tile: Tile, tiles: int) -> int:
 
 
 def _check_extent(weight: Weight) -> None:
-    if weight.height * weight.width * weight.channel_groups >= _LIMIT:
+    if weight.height * weight.width * weight.planes >= _LIMIT:
         raise InputError(f"expected a weight of fewer than 2^31 elements, got [{weight.height}, {weight.width}]")
     for name, tensors in (("inputs", weight.inputs), ("output_grads", weight.output_grads)):
         for tensor in tensors:
@@ -175,14 +195,20 @@ def _kind(weight: Weight) -> str:
     return TF32 if weight.tf32 else IEEE
 
 
-def _form(weight: Weight) -> _Form:
+def _form(weight: Weight, architecture: int) -> _Form:
     a, d = weight.inputs[0], weight.output_grads[0]
     linear = (weight.kernel, weight.stride, weight.padding) == ((1, 1), (1, 1), (0, 0)) and weight.channel_groups == 1
     rows_in_line = a.shape[2] == d.shape[2] == 1
     contiguous = a.stride(1) == 1 and d.stride(1) == 1
     windows = not (linear and rows_in_line and contiguous and len(weight.inputs) == 1 and a.dtype == d.dtype)
-    unit = 1 if windows else _unit(a, d)
-    return _Form(windows, a.dtype, d.dtype, _kind(weight), unit, weight.sigma is not None)
+    kind, unit, maps = _kind(weight), 1 if windows else _unit(a, d), weight.maps is not None
+    if weight.depthwise:
+        kind = kind if kind == FLOAT64 else IEEE
+        kernel, tile = moments_of_depthwise, depthwise_tile(architecture, kind, weight.width)
+    else:
+        kernel = moments_of_windows if windows else moments_of_tiles
+        tile = tile_for(architecture, kind, windows=windows, unit=unit, signed=weight.signed, maps=maps)
+    return _Form(kernel, tile, a.dtype, d.dtype, kind, unit, maps, weight.signed)
 
 
 def _unit(a: Tensor, d: Tensor) -> int:
@@ -198,14 +224,11 @@ def _unit(a: Tensor, d: Tensor) -> int:
 def _plans(weights: Sequence[Weight], architecture: int) -> list[_Plan]:
     plans: dict[_Form, _Plan] = {}
     for slot, weight in enumerate(weights):
-        form = _form(weight)
-        if form not in plans:
-            tile = tile_for(architecture, form.kind, windows=form.windows, unit=form.unit)
-            plans[form] = _Plan(form, tile)
-        plans[form].slots.append(slot)
+        form = _form(weight, architecture)
+        plans.setdefault(form, _Plan(form)).slots.append(slot)
     # Tiles that take long come first, so that the last ones to end are short.
     for plan in plans.values():
-        plan.slots.sort(key=lambda slot: -_steps(weights[slot], plan.tile))
+        plan.slots.sort(key=lambda slot: -_steps(weights[slot], plan.form.tile))
     return list(plans.values())
 
 
@@ -225,7 +248,7 @@ def _table(
     for plan in plans:
         for slot in plan.slots:
             weight = weights[slot]
-            count = _tiles_in_plane(weight, plan.tile) * weight.channel_groups
+            count = _tiles_in_plane(weight, plan.form.tile) * weight.planes
             problems.extend(_problem(weight, plan, slot, first_use, tiles, count))
             uses.extend(_uses(weight, plan.form))
             first_use += len(weight.inputs)
@@ -265,7 +288,7 @@ def _loop(weight: Weight) -> tuple[int, int, int]:
 def _problem(weight: Weight, plan: _Plan, slot: int, first_use: int, first_tile: int, tiles: int) -> list[int]:
     unit = plan.form.unit
     group_size = len(weight.inputs[0]) // weight.groups
-    in_group = group_size if plan.form.windows else _loop(weight)[0]
+    in_group = _loop(weight)[0] if plan.form.kernel is moments_of_tiles else group_size
     return [
         weight.height // unit,
         weight.width // unit,
@@ -276,18 +299,18 @@ def _problem(weight: Weight, plan: _Plan, slot: int, first_use: int, first_tile:
         first_tile,
         slot,
         tiles,
-        0 if weight.sigma is None else weight.sigma.data_ptr(),
-        0 if weight.mean is None else weight.mean.data_ptr(),
+        0 if weight.maps is None else weight.maps.data_ptr(),
+        int(weight.signed),
         group_size,
         weight.dilation[1],
         weight.height,
         weight.width,
-        _tiles_in_plane(weight, plan.tile),
+        _tiles_in_plane(weight, plan.form.tile),
         *weight.kernel,
         *weight.stride,
         *weight.padding,
         weight.dilation[0],
-        0,
+        weight.height // weight.channel_groups,
     ]
 
 
@@ -295,13 +318,14 @@ def _uses(weight: Weight, form: _Form) -> list[int]:
     numbers: list[int] = []
     for a, d in zip(weight.inputs, weight.output_grads, strict=True):
         rows, joined = d.shape[2] * d.shape[3], 1
-        if not form.windows:
+        lines = form.kernel is moments_of_tiles
+        if lines:
             _, rows, joined = _loop(weight)
         for tensor in (a, d):
             sample, channel, y, x = tensor.stride()
-            pointer = tensor.data_ptr() // (1 if form.windows else form.unit * tensor.element_size())
+            pointer = tensor.data_ptr() // (form.unit * tensor.element_size() if lines else 1)
             numbers += [pointer, sample * joined // form.unit, x // form.unit, y, channel, *tensor.shape[2:]]
-        numbers += [rows, 0]
+        numbers += [rows, min(form.tile.chunk, power_of_two(d.shape[3]))]
     return numbers
 
 
@@ -330,8 +354,8 @@ def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Te
         count = counts[dtype]
         if not count:
             continue
-        fields = kernels.OPERAND_FIELDS.value
-        kernels.largest_magnitudes[(count, 1 if interpreted else MAGNITUDE_PROGRAMS)](
+        fields = OPERAND_FIELDS.value
+        largest_magnitudes[(count, 1 if interpreted else MAGNITUDE_PROGRAMS)](
             operands[begin * fields :],
             magnitudes,
             SOURCE=source,
@@ -341,22 +365,26 @@ def _find_magnitudes(weights: Sequence[Weight], operands: Tensor, magnitudes: Te
         begin += count
 
 
-def _work_through(plans: Sequence[_Plan], memory: tuple[Tensor, ...], device: torch.device) -> None:
+def _work_through(
+    plans: Sequence[_Plan], memory: tuple[Tensor, ...], signed_partials: Tensor | None, device: torch.device
+) -> None:
     problem_count = sum(len(plan.slots) for plan in plans)
     first_tile = 0
     for plan in plans:
-        form, tile = plan.form, plan.tile
+        form, tile = plan.form, plan.form.tile
         source = _TYPES[form.a_type]
         options: dict[str, Any] = constants_of(
-            tile, form.kind, source, maps=form.maps, interpreted=device.type == "cpu"
+            tile, form.kind, source, maps=form.maps, signed=form.signed, interpreted=device.type == "cpu"
         )
-        if form.windows:
-            options |= {"A_SOURCE": source, "D_SOURCE": _TYPES[form.d_type]}
-        else:
+        if form.kernel is moments_of_tiles:
             options |= {"SOURCE": source, "UNIT": form.unit}
-        kernel = kernels.moments_of_windows if form.windows else kernels.moments_of_tiles
-        kernel[(_programs(device, tile, plan.end_tile - first_tile),)](
+        else:
+            options |= {"A_SOURCE": source, "D_SOURCE": _TYPES[form.d_type]}
+        if form.kernel is moments_of_depthwise:
+            options = without_product(options)
+        form.kernel[(_programs(device, tile, plan.end_tile - first_tile),)](
             *memory,
+            signed_partials if form.signed else None,
             problem_count,
             first_tile,
             plan.end_tile,
@@ -379,6 +407,6 @@ def time_tiles(weights: Sequence[Weight], tiles: Sequence[Tile]) -> dict[Tile, f
         plans = _plans(weights, _architecture(weights[0].inputs[0].device))
         if len(plans) > 1:
             raise InputError(f"expected weights that take one kernel, got {[plan.form for plan in plans]}")
-        plans[0].tile = tile
+        plans[0].form = replace(plans[0].form, tile=tile)
         times[tile] = do_bench(partial(_start, weights, plans, every_element=False), return_mode="median")
     return times

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import triton.language as tl
 
-from .gradient_moments import largest_magnitudes, moments_of_tiles, moments_of_windows, sums_of_tiles
-from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, TILES, Tile, tile_for
+from .gradient_moments import moments_of_tiles
+from .gradient_moments_depthwise import moments_of_depthwise
+from .gradient_moments_shared import largest_magnitudes, sums_of_tiles
+from .gradient_moments_tiles import DEPTHWISE_TILES, FLOAT64, HALF, IEEE, TF32, TILES, Tile, tile_for
+from .gradient_moments_windows import moments_of_windows
 from .variant import Variant
 
 MAGNITUDE_BLOCK = {"LINES": 16, "COLUMNS": 128}
@@ -18,78 +21,120 @@ _POINTERS = {
     "ends": "*i64:16",
     "magnitudes": "*i32:16",
     "partials": "*fp64:16",
+    "results": "*fp64:16",
     "problem_count": "i32",
     "first_tile": "i32",
     "end_tile": "i32",
 }
 
 
+_PLAIN = ((False, False),)
+_DETAILS = (*_PLAIN, (True, False), (False, True), (True, True))
+"""Whether signed moments, and whether maps are asked for."""
+
+
 def variants() -> Iterator[Variant]:
     """The launches that `gradient_moments_launch` makes: aligned and odd widths, windows, and the small kernels."""
-    half, single = tl.bfloat16, tl.float32
     for architecture in TILES:
-        for name, source, kind, unit in (
-            ("bf16", half, HALF, 8),
-            ("fp16", tl.float16, HALF, 8),
-            ("bf16, widths divisible by 4", half, HALF, 4),
-            ("bf16, odd widths", half, HALF, 1),
-            ("tf32", single, TF32, 4),
-            ("float32", single, IEEE, 4),
-            ("float32, sums in float64", single, FLOAT64, 4),
-        ):
-            # float16 compiles to what bfloat16 does: once is enough to see that.
-            if source == tl.float16 and architecture != 90:
-                continue
-            tile = tile_for(architecture, kind, windows=False, unit=unit)
-            constants = constants_of(tile, kind, source, maps=False)
+        yield from _of_tiles(architecture)
+    yield from _of_windows()
+    yield from _of_depthwise()
+    yield Variant(
+        "gradient_moments magnitudes bf16",
+        largest_magnitudes,
+        {"operands": "*i64:16", "magnitudes": "*i32:16"},
+        {"SOURCE": tl.bfloat16, **MAGNITUDE_BLOCK},
+        warps=4,
+        stages=3,
+    )
+    for signed in (False, True):
+        yield Variant(
+            f"gradient_moments sums{_detail(signed, False)}",
+            sums_of_tiles,
+            _types(signed),
+            {"BLOCK": SUMS_BLOCK, "SIGNED": signed},
+            warps=4,
+            stages=3,
+        )
+
+
+def _of_tiles(architecture: int) -> Iterator[Variant]:
+    # float16 and vectors of 4 differ from the first row in their loads alone, so their details are not compiled.
+    for name, source, kind, unit, details in (
+        ("bf16", tl.bfloat16, HALF, 8, _DETAILS),
+        ("fp16", tl.float16, HALF, 8, _PLAIN if architecture == 90 else ()),
+        ("bf16, widths divisible by 4", tl.bfloat16, HALF, 4, _PLAIN),
+        ("bf16, odd widths", tl.bfloat16, HALF, 1, _DETAILS),
+        ("tf32", tl.float32, TF32, 4, _DETAILS),
+        ("float32", tl.float32, IEEE, 4, _DETAILS),
+        ("float32, sums in float64", tl.float32, FLOAT64, 4, _DETAILS),
+    ):
+        for signed, maps in details:
+            tile = tile_for(architecture, kind, windows=False, unit=unit, signed=signed, maps=maps)
             yield Variant(
-                f"gradient_moments {name} {tile.rows}x{tile.columns}x{tile.chunk}",
+                f"gradient_moments {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
                 moments_of_tiles,
-                _POINTERS,
-                {**constants, "SOURCE": source, "UNIT": unit},
+                _types(signed),
+                {**constants_of(tile, kind, source, maps=maps, signed=signed), "SOURCE": source, "UNIT": unit},
                 tile.warps,
                 tile.stages,
                 matrix=kind in (HALF, TF32),
                 pipelined=unit > 1,
                 architectures=(architecture,),
             )
+
+
+def _of_windows() -> Iterator[Variant]:
     for name, source, kind in (
-        ("bf16", half, HALF),
-        ("tf32", single, TF32),
-        ("float32", single, IEEE),
-        ("float32, sums in float64", single, FLOAT64),
+        ("bf16", tl.bfloat16, HALF),
+        ("tf32", tl.float32, TF32),
+        ("float32", tl.float32, IEEE),
+        ("float32, sums in float64", tl.float32, FLOAT64),
     ):
-        tile = tile_for(90, kind, windows=True, unit=1)
-        constants = constants_of(tile, kind, source, maps=False)
-        yield Variant(
-            f"gradient_moments windows {name} {tile.rows}x{tile.columns}x{tile.chunk}",
-            moments_of_windows,
-            _POINTERS,
-            {**constants, "A_SOURCE": source, "D_SOURCE": source},
-            tile.warps,
-            tile.stages,
-            matrix=kind in (HALF, TF32),
-        )
-    yield Variant(
-        "gradient_moments magnitudes bf16",
-        largest_magnitudes,
-        {"operands": "*i64:16", "magnitudes": "*i32:16"},
-        {"SOURCE": half, **MAGNITUDE_BLOCK},
-        warps=4,
-        stages=3,
-    )
-    yield Variant(
-        "gradient_moments sums",
-        sums_of_tiles,
-        {"problems": "*i64:16", "magnitudes": "*i32:16", "partials": "*fp64:16", "results": "*fp64:16"},
-        {"BLOCK": SUMS_BLOCK},
-        warps=4,
-        stages=3,
-    )
+        for signed, maps in _DETAILS:
+            tile = tile_for(90, kind, windows=True, unit=1, signed=signed, maps=maps)
+            constants = constants_of(tile, kind, source, maps=maps, signed=signed)
+            yield Variant(
+                f"gradient_moments windows {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
+                moments_of_windows,
+                _types(signed),
+                {**constants, "A_SOURCE": source, "D_SOURCE": source},
+                tile.warps,
+                tile.stages,
+                matrix=kind in (HALF, TF32),
+            )
+
+
+def _of_depthwise() -> Iterator[Variant]:
+    for name, source, kind in (
+        ("bf16", tl.bfloat16, IEEE),
+        ("float32", tl.float32, IEEE),
+        ("float32, sums in float64", tl.float32, FLOAT64),
+    ):
+        for taps, tile in DEPTHWISE_TILES[kind].items():
+            # Signed moments and maps are of a tile's weights, not its positions: where most fit, fewer do.
+            for signed, maps in _DETAILS if taps == 32 else _PLAIN:
+                constants = without_product(constants_of(tile, kind, source, maps=maps, signed=signed))
+                yield Variant(
+                    f"gradient_moments depthwise {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
+                    moments_of_depthwise,
+                    _types(signed),
+                    {**constants, "A_SOURCE": source, "D_SOURCE": source},
+                    tile.warps,
+                    tile.stages,
+                )
+
+
+def _detail(signed: bool, maps: bool) -> str:
+    return ", signed" * signed + ", maps" * maps
+
+
+def _types(signed: bool) -> dict[str, str]:
+    return {**_POINTERS, "signed_partials": "*fp64:16"} if signed else _POINTERS
 
 
 def constants_of(
-    tile: Tile, kind: str, source: tl.dtype, *, maps: bool, interpreted: bool = False
+    tile: Tile, kind: str, source: tl.dtype, *, maps: bool, signed: bool, interpreted: bool = False
 ) -> dict[str, object]:
     """Returns the constants that both kernels over tiles take, for operands of `source`."""
     # The interpreter multiplies the bits of bfloat16 numbers as integers; their products are exact in float32.
@@ -102,5 +147,11 @@ def constants_of(
         "BI": tile.columns,
         "BT": tile.chunk,
         "MAPS": maps,
+        "SIGNED": signed,
         "INTERPRETED": interpreted,
     }
+
+
+def without_product(constants: dict[str, object]) -> dict[str, object]:
+    """Returns the constants without those of a matrix product, which depthwise convolutions do not need."""
+    return {name: value for name, value in constants.items() if name not in ("COMPUTE", "PRECISION")}

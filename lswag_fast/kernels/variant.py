@@ -15,7 +15,10 @@ class Variant:
     kernel: Any
     """What triton.jit made."""
     types: Mapping[str, str]
-    """Triton's type of each run-time argument ("*bf16", "i32"); ":16" after it where it is divisible by 16."""
+    """Triton's type of each run-time argument ("*bf16", "i32"); ":16" after it where it is divisible by 16.
+
+    An argument that is neither here nor among the constants is None.
+    """
     constants: Mapping[str, Any]
     """The values of the constexpr arguments."""
     warps: int

@@ -119,7 +119,7 @@ def gradient_moments(
         output_grads: d [S, T, O], the gradients of each sample's own loss; with `convolution` [S, O, OH, OW]; as many.
         groups: G, from 2 to S and a divisor of S.
         convolution: how the weight [O, C / groups, KH, KW] was applied, where it is a kernel.
-        signed: also the moments of the signed gradients; on the CPU only.
+        signed: also the moments of the signed gradients.
         maps: also every weight's own statistics, [O, I] or [O, C / groups, KH, KW].
 
     Raises:
@@ -129,9 +129,7 @@ def gradient_moments(
     if backends.implementation("gradient_moments", a[0].device.type) == "triton":
         from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
 
-        if signed:
-            raise InputError("signed moments are computed on the CPU only; pass operands moved with .cpu()")
-        return gradient_moments_grouped([MomentProblem(a, d, count, convolution, maps=maps)])[0]
+        return gradient_moments_grouped([MomentProblem(a, d, count, convolution, signed=signed, maps=maps)])[0]
     samples = len(a[0])
     with refusals():
         native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
@@ -146,7 +144,7 @@ class MomentsAccumulator:
     """The same statistics from group gradients that come one after the other, each already its group's mean.
 
     For weights whose per-sample gradients need a backward pass a group. State and arithmetic are float64. On another
-    device than the CPU torch's operations do it there, and signed moments are refused.
+    device than the CPU torch's operations do it there.
     """
 
     def __init__(self, shape: Sequence[int], *, signed: bool = False) -> None:
@@ -170,7 +168,7 @@ class MomentsAccumulator:
         if gradient.device != self._state.device:
             raise InputError(f"expected gradient on {self._state.device} as the first was, got {gradient.device}")
         if gradient.device.type != "cpu":
-            return self._add_on_device(gradient.double().abs(), self._state)
+            return self._add_on_device(gradient.double(), self._state)
         if gradient.dtype not in (torch.float32, torch.float64):
             gradient = gradient.float()
         gradient, threads = gradient.contiguous(), torch.get_num_threads()
@@ -192,26 +190,39 @@ class MomentsAccumulator:
     def _fresh(self, device: torch.device) -> Tensor:
         if device.type == "cpu":
             return torch.empty(_C.moments_state_size(self._numel, self._signed), dtype=torch.float64)
-        if self._signed:
-            raise InputError("signed moments are computed on the CPU only; move the gradients with .cpu()")
-        return torch.zeros(2, *self._shape, dtype=torch.float64, device=device)
+        return torch.zeros(5 if self._signed else 2, *self._shape, dtype=torch.float64, device=device)
 
-    def _add_on_device(self, magnitude: Tensor, state: Tensor) -> None:
-        """Welford's update of the means state[0] and the sums of squared deviations state[1]."""
+    def _add_on_device(self, gradient: Tensor, state: Tensor) -> None:
+        """Welford's update of means and sums of squared deviations: of |g| in state[:2], of g in state[2:4]."""
         self._groups += 1
-        difference = magnitude - state[0]
-        state[0] += difference / self._groups
-        state[1] += difference.square() * ((self._groups - 1) / self._groups)
+        for first, value in ((0, gradient.abs()), (2, gradient)):
+            if first == 0 or self._signed:
+                difference = value - state[first]
+                state[first] += difference / self._groups
+                state[first + 1] += difference.square() * ((self._groups - 1) / self._groups)
+        if self._signed:
+            state[4] += gradient.sign()
 
     def _finish_on_device(self, state: Tensor, *, maps: bool) -> GradientMoments:
-        mean, sigma = state[0], (state[1] / self._groups).sqrt()
-        # 0 or, from a gradient that is not finite, NaN, which then is in every sum.
-        sigma = sigma + (sigma - sigma) + (mean - mean)
-        live = ~(sigma <= DEAD * mean)
+        mean, sigma, live = self._mean_sigma_live(state[:2])
         inverse = torch.where(live, 1 / sigma, 0.0)
-        sums = torch.stack([live.double().sum(), inverse.sum(), (mean * inverse).sum(), sigma.sum(), mean.sum()])
-        given = [sigma, mean.clone()] if maps else []
-        return reduced(tuple(sums.tolist()), 0, 1, self._numel, self._groups, False, given)
+        sums = [live.double().sum(), inverse.sum(), (mean * inverse).sum(), sigma.sum(), mean.sum()]
+        kept = [sigma, mean]
+        if self._signed:
+            mean, sigma, live = self._mean_sigma_live(state[2:4])
+            ratio = torch.where(live, (mean / sigma).square(), 0.0)
+            sums += [live.double().sum(), ratio.sum(), mean.abs().sum(), mean.square().sum(), sigma.sum()]
+            sums.append(state[4].abs().sum())
+            kept += [sigma, mean, state[4]]
+        given = [m.clone() for m in kept] if maps else []
+        return reduced(tuple(torch.stack(sums).tolist()), 0, 1, self._numel, self._groups, self._signed, given)
+
+    def _mean_sigma_live(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns mean and sigma, both NaN where a gradient is not finite, and which weights are not dead."""
+        sigma = (state[1] / self._groups).sqrt()
+        finite = (sigma - sigma) + (state[0] - state[0])
+        mean, sigma = state[0] + finite, sigma + finite
+        return mean, sigma, ~(sigma <= DEAD * mean.abs())
 
 
 def checked(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class MomentProblem:
     output_grads: Tensor | Sequence[Tensor]
     groups: int | None = None
     convolution: Convolution | None = None
+    signed: bool = False
     maps: bool = False
     tf32: bool = False
     """Multiply float32 operands in TF32, which keeps 10 bits of them; the CPU has no such type and uses float32."""
@@ -45,9 +46,9 @@ class PendingMoments:
     def finish(self) -> list[GradientMoments]:
         """Waits for the device and returns the moments in the order of the problems.
 
-        One copy of 64 bytes a problem brings all of them here. A problem whose scale, found on a sample of its
-        operands, was so wrong that sums overflowed or vanished is computed again from a look at all elements: a second
-        wait.
+        One copy of 64 bytes a problem (112 where any is signed) brings all of them here. A problem whose scale, found
+        on a sample of its operands, was so wrong that sums overflowed or vanished is computed again from a look at all
+        elements: a second wait.
         """
         if self._launched is not None:
             rows = self._launched.results.tolist()
@@ -71,14 +72,15 @@ class _Problem:
     shape: tuple[int, ...]
 
     def moments(self, row: Sequence[float]) -> GradientMoments:
-        live, *sums = row[:5]
-        if not all(math.isfinite(s) for s in sums):
-            sums = [math.nan] * len(sums)
-        samples, groups = len(self.weight.inputs[0]), self.weight.groups
-        given = (self.weight.sigma, self.weight.mean)
-        maps = [m.view(self.shape) for m in given if m is not None]
+        weight = self.weight
+        sums = _all_or_nan(row[:5])
+        if weight.signed:
+            *signed, signs = row[8:14]
+            sums += [*_all_or_nan(signed), signs]
+        samples, groups = len(weight.inputs[0]), weight.groups
+        maps = [] if weight.maps is None else [m.view(self.shape) for m in weight.maps]
         numel = math.prod(self.shape)
-        return reduced((live, *sums), int(row[5]), samples // groups, numel, groups, False, maps)
+        return reduced(tuple(sums), int(row[5]), samples // groups, numel, groups, weight.signed, maps)
 
 
 def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments:
@@ -86,8 +88,8 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
 
     On a CUDA device all problems share one launch for each way to read operands (dtype, alignment, convolution), on the
     current stream; a problem's result has the same bits whatever shares it. Device memory beyond operands and maps is
-    about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so, and copies of operands whose tokens span
-    several dimensions that cannot be merged. On the CPU everything is computed before this returns.
+    about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so (88 where signed), and copies of operands whose
+    tokens span several dimensions that cannot be merged. On the CPU everything is computed before this returns.
 
     Raises:
         InputError: what `gradient_moments` refuses, tensors on several devices, samples that span 2^31 elements.
@@ -101,7 +103,7 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
             raise InputError(f"expected all problems on one device, got {device} and {a[0].device}")
     if backends.implementation("gradient_moments", device.type) != "triton":
         done = [
-            gradient_moments(a, d, groups, convolution=p.convolution, maps=p.maps)
+            gradient_moments(a, d, groups, convolution=p.convolution, signed=p.signed, maps=p.maps)
             for p, (a, d, groups, _) in zip(problems, taken, strict=True)
         ]
         return PendingMoments([], done)
@@ -123,21 +125,28 @@ def _launch(weights: Sequence[Weight], *, every_element: bool):  # type: ignore[
 
 def _certain(row: Sequence[float]) -> bool:
     """Tells whether a scale made of a sample was right: sums are finite, and neither operand looked like zeros."""
-    return all(math.isfinite(s) for s in row[:5]) and all(0 < bits < _INFINITY_BITS for bits in row[6:8])
+    sums, magnitudes, signed_sums = row[:5], row[6:8], row[8:]
+    return all(map(math.isfinite, (*sums, *signed_sums))) and all(0 < bits < _INFINITY_BITS for bits in magnitudes)
+
+
+def _all_or_nan(counted: Sequence[float]) -> list[float]:
+    """Returns a count and the sums over it, all of which are NaN where one is not finite."""
+    count, *sums = counted
+    return [count, *(sums if all(map(math.isfinite, sums)) else [math.nan] * len(sums))]
 
 
 def _problem(
     make: type[Weight], problem: MomentProblem, a: list[Tensor], d: list[Tensor], groups: int, shape: tuple[int, ...]
 ) -> _Problem:
-    maps = [torch.empty(math.prod(shape), dtype=torch.float64, device=a[0].device) for _ in range(2 * problem.maps)]
-    sigma, mean = maps or (None, None)
+    kept, maps = 5 if problem.signed else 2, None
+    if problem.maps:
+        maps = torch.empty(kept, math.prod(shape), dtype=torch.float64, device=a[0].device)
+    asked: dict[str, Any] = {"tf32": problem.tf32, "signed": problem.signed, "maps": maps}
     c = problem.convolution
     if c is None or _is_linear(c, a, d):
         lines = [[_line(t, c) for t in tensors] for tensors in (a, d)]
-        return _Problem(make(lines[0], lines[1], groups, tf32=problem.tf32, sigma=sigma, mean=mean), shape)
-    weight = make(
-        a, d, groups, c.kernel_size, c.stride, c.padding, c.dilation, c.groups, problem.tf32, sigma=sigma, mean=mean
-    )
+        return _Problem(make(lines[0], lines[1], groups, **asked), shape)
+    weight = make(a, d, groups, c.kernel_size, c.stride, c.padding, c.dilation, c.groups, **asked)
     return _Problem(weight, shape)
 
 

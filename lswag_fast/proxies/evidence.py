@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +27,7 @@ class LayerEvidence:
     """One weight; what no proxy asked for is None."""
 
     name: str
-    weight: Tensor  # the whole parameter, in the dtype of the score
+    numel: int
     moments: GradientMoments | None  # None, too, where the loss does not reach the weight
     gradient: GradientSums | None
     channel_saliency: float | None
@@ -34,7 +35,7 @@ class LayerEvidence:
     output of the layer and d the gradient of the batch's mean loss there."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evidence:
     """One network's evidence: all layers in order of first use, and the patterns of all activations."""
 
@@ -43,9 +44,15 @@ class Evidence:
     expressivity: int  # Psi, likewise
     parameters: int
     multiply_adds: int  # of one image
+    groups: int
     words: tuple[Tensor, ...]  # of each activation, packed as in ops/activation_patterns.py
     pattern_samples: int
-    network: Network
+    make_network: Callable[[], Network]
+
+    @cached_property
+    def network(self) -> Network:
+        """The network and its batch, for passes of a proxy's own."""
+        return self.make_network()
 
     @cached_property
     def agreements(self) -> Tensor:

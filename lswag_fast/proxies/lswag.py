@@ -19,6 +19,7 @@ class Lswag(Proxy):
     source: ClassVar[str] = f"{_SOURCE}, equation 8"
     gradient_based: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.MOMENTS, Need.PATTERNS))
+    whole: ClassVar[bool] = False
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""
@@ -33,6 +34,7 @@ class Trainability(Proxy):
     source: ClassVar[str] = f"{_SOURCE}, equation 6"
     gradient_based: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.MOMENTS,))
+    whole: ClassVar[bool] = False
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""
@@ -47,6 +49,7 @@ class Expressivity(Proxy):
     source: ClassVar[str] = f"{_SOURCE}, equation 7"
     gradient_based: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS,))
+    whole: ClassVar[bool] = False
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""

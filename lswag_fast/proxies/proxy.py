@@ -39,6 +39,8 @@ class Proxy(ABC):
     """Whether a backward pass is needed."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What to collect in the shared pass; a proxy that needs nothing of it runs passes of its own, or none."""
+    whole: ClassVar[bool] = True
+    """Whether it looks at the whole network, whatever the window of the score."""
 
     @abstractmethod
     def value(self, evidence: Evidence) -> float:

@@ -12,6 +12,17 @@ _HOMES = {
     "lswag": "lswag.Lswag",
     "lambda": "lswag.Trainability",
     "psi": "lswag.Expressivity",
+    "zico": "zico.Zico",
+    "swap": "swap.Swap",
+    "reg_swap": "swap.RegSwap",
+    "nwot": "nwot.Nwot",
+    "grad_norm": "grad_norm.GradNorm",
+    "snip": "snip.Snip",
+    "plain": "plain.Plain",
+    "fisher": "fisher.Fisher",
+    "gradsign": "gradsign.GradSign",
+    "gsnr": "gsnr.Gsnr",
+    "l2_norm": "l2_norm.L2Norm",
     "te_nas": "te_nas.TeNas",
     "te_nas_regions": "te_nas.TeNasRegions",
     "te_nas_ntk": "te_nas.TeNasNtk",
@@ -21,6 +32,8 @@ _HOMES = {
     "az_nas_trainability": "az_nas.Trainability",
     "az_nas_complexity": "az_nas.Complexity",
     "tcet": "tcet.Tcet",
+    "params": "counts.Parameters",
+    "flops": "counts.Flops",
 }
 
 

@@ -54,6 +54,8 @@ class LswagResult:
     patterns_by_activation: tuple[int, ...] | None  # with pooling "sum"
     uncovered: tuple[str, ...]
     warnings: tuple[str, ...]
+    proxies: dict[str, float]  # those asked for, by name; NaN where a proxy has no value, with a warning that says why
+    proxy_seconds: dict[str, float]  # what each would take alone, the part of the shared pass that it needs included
     seconds: float
     options: dict[str, Any]  # resolved
 

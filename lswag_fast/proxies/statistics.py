@@ -1,16 +1,21 @@
-"""L-SWAG (Casarin, Escalera, Lanz, CVPR 2025, equations 1, 6, 7, 8): its terms and its window."""
+"""Reduces one shared forward and backward pass, as it goes, to what the proxies are made of."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..capture import Activation, Layer, Plan
+from ..clock import Clock
 from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
 from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
 from ..options import ScoreOptions
+from .evidence import GradientSums, LayerEvidence
+from .proxy import Need
 from .result import LayerRow, PatternSaturation
 
 SATURATED = 0.95
@@ -18,31 +23,55 @@ SATURATED = 0.95
 
 
 def percentile(number: int, count: int) -> int:
-    """Returns the percentile of depth of layer `number` (from 1) of `count` (equation 6)."""
+    """Returns the percentile of depth of layer `number` (from 1) of `count` (equation 6 of L-SWAG)."""
     return 10 * int((number / count * 100) // 10)
 
 
-class LswagStatistics:
-    """Reduces what one captured pass hands over to the terms of L-SWAG.
+class PassStatistics:
+    """Collects what L-SWAG and the other proxies of a score need from the pass that they share.
 
-    Needs captured: the inputs and output gradients of the weights in the window, and the activations up to its end.
-    Reduced to: per weight, the sums over its live entries of 1 / sigma and mu / sigma (equation 6); over all counted
-    activations, the number of distinct patterns (equation 7).
+    L-SWAG itself needs the inputs and output gradients of the weights in the window, and the activations up to its
+    end; proxies that look at the whole network widen that, and `needs` of theirs says what else is reduced.
 
-    On the CPU a weight is reduced when it comes, its operands still in the cache. On a device all of them wait for one
-    grouped launch, unless `at_once`, which needs less memory.
+    On the CPU the moments of a weight are reduced when it comes, its operands still in the cache. On a device all of
+    them wait for one grouped launch, unless `at_once`, which needs less memory.
+
+    Args:
+        plan: of the network; here its layers are restricted to those that are looked at.
+        options: resolved.
+        samples: S.
+        parameters: the network's, by name, against which gradients are reduced; needed for Need.GRADIENT alone.
+        clock: gets a label a kind of reduction.
     """
 
-    def __init__(self, plan: Plan, options: ScoreOptions, samples: int, *, at_once: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        options: ScoreOptions,
+        samples: int,
+        clock: Clock,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+        at_once: bool = False,
+    ) -> None:
         assert options.groups is not None
         assert options.pattern_samples is not None
         self._plan = plan
         self._options = options
         self._samples = samples
+        self._clock = clock
+        self._parameters = parameters or {}
         self._groups: int = options.groups
         self._pattern_samples: int = options.pattern_samples
+        self._needs = options.needs()
+        whole = options.needs(whole=True)
+        self._all_patterns = Need.PATTERNS in whole
+        plan.restrict(lambda i: bool(whole - {Need.PATTERNS}) or self._in_window(i + 1))
         self._moments: dict[str, GradientMoments] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._gradient_sums: dict[str, Tensor] = {}
+        self._channels: dict[str, Tensor] = {}
         self._words: dict[int, Tensor] = {}
         self._at_once = at_once
         self._problems: dict[str, MomentProblem] = {}
@@ -50,14 +79,13 @@ class LswagStatistics:
         self._counts: Tensor | None = None
 
     def wants(self, activation: Activation) -> bool:
-        """Whether this activation counts: it lies before the end of the window (or inside it, where asked)."""
-        first, last = self._options.window
-        here = percentile(activation.last_layer, len(self._plan.layers))
-        return here <= last and (here >= first or not self._options.patterns_inside_window)
+        """Whether the patterns of this activation are looked at."""
+        return self._all_patterns or self._counted(activation)
 
     def activate(self, activation: Activation, pre: Tensor, kind: str) -> Tensor:
         """Computes an activation of pre [S, ...] and packs the signs of its values in the same pass."""
-        post, words = activate_and_pack(pre, kind, samples=self._pattern_samples)
+        with self._clock(Need.PATTERNS.name):
+            post, words = activate_and_pack(pre, kind, samples=self._pattern_samples)
         self._words[activation.call] = words
         return post
 
@@ -66,29 +94,67 @@ class LswagStatistics:
         count = min(post.shape[0], self._pattern_samples - first_sample)
         if count > 0:
             words = self._words.get(activation.call)
-            self._words[activation.call] = pack_signs(post, words=words, first_sample=first_sample, samples=count)
+            with self._clock(Need.PATTERNS.name):
+                packed = pack_signs(post, words=words, first_sample=first_sample, samples=count)
+            self._words[activation.call] = packed
 
     def weight(
-        self, layer: Layer, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None
+        self,
+        layer: Layer,
+        inputs: list[Tensor],
+        output_grads: list[Tensor],
+        convolution: Convolution | None,
+        operand: Tensor,
     ) -> None:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
-        if inputs[0].device.type == "cpu" or self._at_once:
-            self._moments[layer.name] = gradient_moments(inputs, output_grads, self._groups, convolution=convolution)
-        else:
-            self._problems[layer.name] = MomentProblem(inputs, output_grads, self._groups, convolution)
+        signed = Need.SIGNED in self._needs
+        with self._clock(Need.MOMENTS.name):
+            if inputs[0].device.type == "cpu" or self._at_once:
+                self._moments[layer.name] = gradient_moments(
+                    inputs, output_grads, self._groups, convolution=convolution, signed=signed
+                )
+            else:
+                self._problems[layer.name] = MomentProblem(
+                    inputs, output_grads, self._groups, convolution, signed=signed
+                )
+        if Need.GRADIENT in self._needs:
+            with self._clock(Need.GRADIENT.name):
+                gradient = _weight_gradient(inputs, output_grads, convolution, operand)
+                self._gradient_sums[layer.name] = _sums(gradient, operand, 1 / self._samples)
 
     def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
-        """Adds the gradient of one more group to the moments of a weight on the slow path."""
-        if layer.name not in self._accumulators:
-            self._accumulators[layer.name] = MomentsAccumulator(tuple(gradient.shape))
-        self._accumulators[layer.name].add(gradient)
+        """Adds the gradient of one more group to the statistics of a weight on the slow path."""
+        with self._clock(Need.MOMENTS.name):
+            if layer.name not in self._accumulators:
+                signed = Need.SIGNED in self._needs
+                self._accumulators[layer.name] = MomentsAccumulator(tuple(gradient.shape), signed=signed)
+            self._accumulators[layer.name].add(gradient)
+        if Need.GRADIENT in self._needs:
+            with self._clock(Need.GRADIENT.name):
+                so_far = self._gradients.get(layer.name)
+                self._gradients[layer.name] = gradient.float() if so_far is None else so_far + gradient
+
+    def wants_outputs(self) -> bool:
+        """Whether the outputs of layers are to be handed over."""
+        return Need.OUTPUTS in self._needs
+
+    def output(self, layer: Layer, output: Tensor, output_grad: Tensor, channel_axis: int) -> None:
+        """Adds sum over n, c of (sum over positions of y * d)^2 of an output [s, ...] to the sum of its layer."""
+        with self._clock(Need.OUTPUTS.name):
+            products = output.float() * output_grad.float()
+            positions = [axis for axis in range(1, products.dim()) if axis != products.dim() + channel_axis]
+            channels = products.sum(positions) if positions else products
+            found = channels.square().sum(dtype=torch.float64)
+            self._channels[layer.name] = found + self._channels.get(layer.name, 0)
 
     def launch(self) -> None:
         """Starts what takes all layers together, once they are all here, without waiting for a device."""
-        words = [self._words[a.call] for a in self._plan.activations if a.call in self._words]
-        if words:
-            self._counts = count_patterns_device(words, self._pattern_samples)
-        self._pending = launch_gradient_moments(list(self._problems.values()))
+        with self._clock(Need.PATTERNS.name):
+            words = [self._words[a.call] for a in self._counted_activations()]
+            if words:
+                self._counts = count_patterns_device(words, self._pattern_samples)
+        with self._clock(Need.MOMENTS.name):
+            self._pending = launch_gradient_moments(list(self._problems.values()))
 
     def rows(self) -> tuple[LayerRow, ...]:
         """Returns a row a layer, in order of first use; after `launch`."""
@@ -97,6 +163,19 @@ class LswagStatistics:
         self._moments.update({name: a.finish() for name, a in self._accumulators.items()})
         self._accumulators.clear()
         return tuple(self._row(i + 1, layer) for i, layer in enumerate(self._plan.layers))
+
+    def layers(self) -> tuple[LayerEvidence, ...]:
+        """Returns what was collected of every layer, in order of first use; after `rows`."""
+        for name, gradient in self._gradients.items():
+            self._gradient_sums[name] = _sums(gradient, self._parameters[name], 1 / self._groups)
+        self._gradients.clear()
+        # The gradient at an output is that of the sum of losses where all samples run together.
+        scale = 1.0 if self._plan.coupled else 1 / self._samples**2
+        return tuple(self._layer(layer, scale) for layer in self._plan.layers)
+
+    def words(self) -> tuple[Tensor, ...]:
+        """Returns the packed patterns of every activation that was looked at."""
+        return tuple(self._words[a.call] for a in self._plan.activations if a.call in self._words)
 
     def patterns(self) -> tuple[int, tuple[int, ...] | None]:
         """Returns Psi, and the number of distinct patterns of each activation where they are pooled by sum.
@@ -107,8 +186,8 @@ class LswagStatistics:
         return (union, None) if self._options.pooling == "union" else (sum(counts), tuple(counts))
 
     def positions(self) -> tuple[int, ...]:
-        """Returns the positions, for one sample, of each activation that is counted."""
-        return tuple(a.positions for a in self._plan.activations if a.call in self._words)
+        """Returns the positions, for one sample, of each activation that Psi counts."""
+        return tuple(a.positions for a in self._counted_activations())
 
     def saturation(self, psi: int) -> PatternSaturation:
         """Returns how much of its range Psi uses."""
@@ -126,10 +205,32 @@ class LswagStatistics:
         terms = [row.log_sum_mean_over_sigma if mean else row.log_sum_inverse_sigma for row in rows if row.in_window]
         return math.fsum(term for term in terms if term is not None)
 
+    def _in_window(self, number: int) -> bool:
+        first, last = self._options.window
+        return first <= percentile(number, len(self._plan.layers)) <= last
+
+    def _counted(self, activation: Activation) -> bool:
+        """Whether Psi counts it: it lies before the end of the window (or inside it, where asked)."""
+        first, last = self._options.window
+        here = percentile(activation.last_layer, len(self._plan.layers))
+        return here <= last and (here >= first or not self._options.patterns_inside_window)
+
+    def _counted_activations(self) -> list[Activation]:
+        return [a for a in self._plan.activations if a.call in self._words and self._counted(a)]
+
+    def _layer(self, layer: Layer, scale: float) -> LayerEvidence:
+        gradient, channels = self._gradient_sums.get(layer.name), self._channels.get(layer.name)
+        return LayerEvidence(
+            layer.name,
+            layer.numel,
+            self._moments.get(layer.name),
+            None if gradient is None else GradientSums(*gradient.tolist()),
+            None if channels is None else 0.5 * float(channels) * scale / self._samples,
+        )
+
     def _row(self, number: int, layer: Layer) -> LayerRow:
         here = percentile(number, len(self._plan.layers))
-        inside = self._options.window[0] <= here <= self._options.window[1]
-        if not inside:
+        if not self._in_window(number):
             return LayerRow(layer.name, number, here, layer.numel, False, None, None, None, None, None, None)
         moments = self._moments.get(layer.name)
         if moments is None:
@@ -148,3 +249,31 @@ class LswagStatistics:
             moments.mean_abs_gradient * share,
             layer.slow_reason,
         )
+
+
+def _weight_gradient(
+    inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None, operand: Tensor
+) -> Tensor:
+    """Returns the sum over samples and uses of the gradients of a weight, in the shape of its operand."""
+    if convolution is None:
+        products = [
+            d.reshape(-1, d.shape[-1]).t() @ a.reshape(-1, a.shape[-1])
+            for a, d in zip(inputs, output_grads, strict=True)
+        ]
+        return sum(products[1:], products[0])
+    c = convolution
+    settings = (c.stride, c.padding, c.dilation, False, (0, 0), c.groups, (False, True, False))
+    kernel = operand.reshape(*operand.shape[:2], *c.kernel_size)
+    products = [
+        torch.ops.aten.convolution_backward(d, a, kernel, None, *settings)[1]
+        for a, d in zip(inputs, output_grads, strict=True)
+    ]
+    return sum(products[1:], products[0]).view_as(operand)
+
+
+def _sums(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """Returns float64 [3]: the norm of scale * g, and the sums of scale * g * w and of its magnitudes."""
+    products = gradient.float() * weight.float()
+    norm = torch.linalg.vector_norm(gradient.float(), dtype=torch.float64)
+    sums = (norm, products.sum(dtype=torch.float64), products.abs().sum(dtype=torch.float64))
+    return torch.stack(sums) * scale

@@ -22,6 +22,7 @@ from .autoformer_module import (
     mlp_width,
     parameter_shapes,
 )
+from .checks import check_count, check_seed, check_sizes
 from .sampling import distinct_draws
 
 Arch = dict[str, Any]
@@ -54,17 +55,14 @@ class AutoFormerSpace:
     coupled = False
     """Samples of a batch do not influence each other: there is no batch normalisation."""
 
-    def __init__(self, name: str, *, image_size: int, patch_size: int, num_classes: int) -> None:
+    def __init__(self, name: str, *, image_size: int = 224, patch_size: int = 16, num_classes: int = 1000) -> None:
         if name not in CHOICES:
             raise InputError(f"no search space is called {name!r}; there are {', '.join(CHOICES)}")
-        for option, value in (("image_size", image_size), ("patch_size", patch_size), ("num_classes", num_classes)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{option} must be a positive integer, got {value!r}")
+        self._sizes = check_sizes(image_size=image_size, patch_size=patch_size, num_classes=num_classes)
         if image_size % patch_size:
             raise InputError(f"image_size must be a multiple of patch_size ({patch_size}), got {image_size}")
         self.name = name
         self.choices = CHOICES[name]
-        self._sizes = {"image_size": image_size, "patch_size": patch_size, "num_classes": num_classes}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -90,9 +88,8 @@ class AutoFormerSpace:
         Raises:
             InputError: n is negative or more than the space holds, or the seed is not an integer from 0 to 2**63 - 1.
         """
-        if not 0 <= n <= self.size:
-            raise InputError(f"{self.name} holds {self.size} candidates; n must be from 0 to that, got {n}")
-        _check_seed(seed)
+        check_count(n, self.name, self.size)
+        check_seed(seed)
         strata = [(embed, depth) for embed in self.choices.embed_dim for depth in self.choices.depth]
         factors = [
             (self._layer_choices ** (depth // 2), self._layer_choices ** (depth - depth // 2)) for _, depth in strata
@@ -219,7 +216,7 @@ class AutoFormerSpace:
                     parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
             return candidate
         arch = self.canonical(arch)
-        drawn = draw_parameters(self._shapes(arch), _check_seed(seed))
+        drawn = draw_parameters(self._shapes(arch), check_seed(seed))
         return self._module(arch, {name: nn.Parameter(value) for name, value in drawn.items()})
 
     def supernet(self, seed: int = 0, state_dict: Mapping[str, Any] | None = None) -> AutoFormerSupernet:
@@ -234,7 +231,7 @@ class AutoFormerSpace:
         """
         shapes = self._shapes(self._supernet_arch())
         if state_dict is None:
-            return AutoFormerSupernet(self, draw_parameters(shapes, _check_seed(seed)))
+            return AutoFormerSupernet(self, draw_parameters(shapes, check_seed(seed)))
         return AutoFormerSupernet(self, _checked_state(state_dict, shapes, self.name))
 
     def _supernet_arch(self) -> Arch:
@@ -321,12 +318,6 @@ def _checked_state(
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:4]) or "none"
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
-
-
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
-    return seed
 
 
 def _check_same_space(space: AutoFormerSpace, supernet: AutoFormerSupernet) -> None:

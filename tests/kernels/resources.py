@@ -46,7 +46,8 @@ def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
     divisible = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if variant.types.get(name, "").endswith(":16")
     }
-    source = ASTSource(variant.kernel, signature, dict(variant.constants), divisible)
+    constants = {name: None for name in names if name not in types} | variant.constants
+    source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

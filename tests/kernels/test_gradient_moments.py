@@ -286,7 +286,6 @@ def test_memory_beside_the_operands_is_small_for_any_layer(architecture: int, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"signed": True}, r"signed moments are computed on the CPU only"),
         ({"groups": 3}, r"divide S, got 3"),
         ({"inputs": torch.ones(8, 3, 4, dtype=torch.int64)}, r"got int64"),
         ({"output_grads": torch.ones(8, 3, 4, device="meta")}, r"got a tensor on meta"),

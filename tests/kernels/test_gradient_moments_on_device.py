@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from gradients import convolution_gradients
 from torch import Tensor
 
 from lswag_fast import reference
@@ -84,13 +85,63 @@ def test_few_groups_hold_weight_by_weight(groups: int) -> None:
     assert moments.dead == int(expected.dead.sum())
 
 
+def assert_signed_holds(moments: GradientMoments, gradients: Tensor) -> None:
+    """Holds signed moments to those of group gradients [G, O, I] in float64."""
+    mean, sigma = gradients.mean(0), gradients.std(0, correction=0)
+    signed, maps = moments.signed, moments.maps
+    assert signed is not None
+    assert signed.dead == int((sigma <= reference.DEAD * mean.abs()).sum())
+    assert signed.mean_signal_to_noise == pytest.approx((mean / sigma).square().mean().item(), rel=1e-4)
+    assert signed.mean_abs_mean == pytest.approx(mean.abs().mean().item(), rel=1e-5)
+    assert signed.mean_squared_mean == pytest.approx(mean.square().mean().item(), rel=1e-5)
+    assert signed.mean_sigma == pytest.approx(sigma.mean().item(), rel=1e-5)
+    agreement = gradients.sign().sum(0).abs().mean().item() / len(gradients)
+    assert signed.sign_agreement == pytest.approx(agreement, rel=1e-3)
+    if maps is not None:
+        slack = 1e-5 * gradients.abs().max()
+        for got, wanted in ((maps.signed_mean, mean), (maps.signed_sigma, sigma)):
+            assert got is not None
+            assert torch.all((got.cpu() - wanted).abs() <= slack)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_signed_moments_hold_to_float64(dtype: torch.dtype, maps: bool) -> None:
+    operands = [linear(out, width, 16, dtype, signed=True, maps=maps) for out, width in LAYERS]
+    poison()
+    for (a, d, _), moments in zip(operands, gradient_moments_grouped([p for *_, p in operands]), strict=True):
+        assert_holds(moments, reference.gradient_moments(a, d, 16), 1e-5)
+        assert_signed_holds(moments, d.double().transpose(1, 2) @ a.double())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_patch_embedding_holds_to_float64(dtype: torch.dtype) -> None:
     a, d = fresh(8, 3, 224, 224, dtype=dtype), fresh(8, 240, 14, 14, dtype=dtype)
-    problem = MomentProblem(a.to(device()), d.to(device()), convolution=Convolution((16, 16), (16, 16)))
+    convolution = Convolution((16, 16), (16, 16))
+    problem = MomentProblem(a.to(device()), d.to(device()), convolution=convolution, signed=True)
     patches = a.unflatten(2, (14, 16)).unflatten(4, (14, 16)).permute(0, 2, 4, 1, 3, 5).reshape(8, 196, 768)
     expected = reference.gradient_moments(patches, d.flatten(2).transpose(1, 2), 8)
-    assert_holds(gradient_moments_grouped([problem])[0], expected, 1e-5)
+    moments = gradient_moments_grouped([problem])[0]
+    assert_holds(moments, expected, 1e-5)
+    assert_signed_holds(moments, d.double().flatten(2) @ patches.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 56), (3, 2, 28), (5, 1, 14), (7, 1, 7)])
+def test_depthwise_convolutions_hold_to_float64(
+    kernel: int, stride: int, size: int, channels_last: bool, dtype: torch.dtype
+) -> None:
+    a = fresh(8, 100, size, size, dtype=dtype)
+    d = fresh(8, 100, size // stride, size // stride, dtype=dtype, magnitude=1e-4)
+    convolution = Convolution((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), groups=100)
+    gradients = convolution_gradients(a, d, convolution, 4).groups
+    given = [t.to(device(), memory_format=torch.channels_last) if channels_last else t.to(device()) for t in (a, d)]
+    poison()
+    problem = MomentProblem(given[0], given[1], 4, convolution, signed=True, maps=True)
+    moments = gradient_moments_grouped([problem])[0]
+    assert_holds(moments, reference.moments_of(gradients), 1e-5)
+    assert_signed_holds(moments, torch.stack(gradients))
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e10])

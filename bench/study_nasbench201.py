@@ -1,0 +1,225 @@
+"""How well L-SWAG and its parts rank trained NAS-Bench-201 cells: the rows of the paper's table 3, beside the counts.
+
+Scores random cells on crops of photographs at 32x32, several times: a seed draws images, labels and weights anew. Two
+arms: two mini-batches with batch normalisation in training mode, and a group a sample with it in eval mode, since there
+samples must not be coupled. Scores go to a store, so that the study can be stopped and started again; the correlations
+are written as nasbench201-accuracy.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lswag_fast import Scorer, images
+from lswag_fast.correlation import Floats, bootstrap, partial_spearman, spearman
+from lswag_fast.records import Record
+from lswag_fast.spaces import NASBench201Space
+
+NAME = "nasbench201-accuracy"
+TABLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nasbench201_accuracy.csv.gz"
+SAMPLES = 64
+CELLS = 300
+REPEATS = 3
+SHARED = ("lswag", "zico", "swap", "nwot", "grad_norm", "snip", "l2_norm", "params", "flops")
+TRAINING, EVAL = "two mini-batches", "G = S, eval mode"
+ACCURACIES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "ImageNet16-120": "ImageNet16-120"}
+GIVEN = ("sum of log numel", "positions", "parameters")
+PAPER = {
+    "mu / sigma": (0.75, 0.80, 0.78),
+    "1 / sigma x Psi": (0.79, 0.82, 0.80),
+    "1 / sigma x Psi, window": (0.79, 0.83, 0.80),
+}
+"""Table 3 of the paper: 1000 cells, images of the data sets themselves."""
+
+
+class EvalSpace(NASBench201Space):
+    """The cells with batch normalisation in eval mode: at initialisation, the identity."""
+
+    coupled = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the space, and the mode."""
+        return {**super().options, "mode": "eval"}
+
+    def build(self, arch: Any, seed: int = 0) -> Any:
+        """Returns the candidate in eval mode."""
+        model: nn.Module = super().build(arch, seed)
+        return model.eval()
+
+
+ARMS: dict[str, tuple[NASBench201Space, int]] = {TRAINING: (NASBench201Space(), 2), EVAL: (EvalSpace(), SAMPLES)}
+
+
+def scores(cells: Sequence[Any], arm: str, seed: int, store: Path) -> list[Record]:
+    """Returns the records of the cells in one arm and repeat; computes those that the store lacks."""
+    space, groups = ARMS[arm]
+    batch = images.load("photos", SAMPLES, image_size=32, seed=seed, num_classes=10)
+    options = {"groups": groups, "dtype": "float32", "device": "cpu", "seed": seed, "proxies": SHARED}
+    with Scorer(space, batch.images, batch.labels, store=store, **options) as scorer:
+        by_cell = {space.encode(r.arch): r for r in scorer.score(cells)}
+    print(f"{arm}, seed {seed}: done", flush=True)
+    return [by_cell[space.encode(cell)] for cell in cells]
+
+
+def trainability(record: Record, numerator: str, window: tuple[int, int]) -> float:
+    """Returns Lambda with another numerator and window, from the layers of a score."""
+    field = "log_sum_inverse_sigma" if numerator == "1" else "log_sum_mean_over_sigma"
+    terms = [getattr(r, field) for r in record.layers if window[0] <= r.percentile <= window[1]]
+    return math.fsum(term for term in terms if term is not None)
+
+
+def predictors(records: Sequence[Record], window: tuple[int, int]) -> dict[str, list[float]]:
+    """Returns the rows of table 3, other proxies and the counts: a value a cell."""
+    columns: dict[str, Callable[[Record], float]] = {}
+    for numerator in ("mu", "1"):
+        for place, chosen in (("", (0, 100)), (", window", window)):
+            name = f"{numerator} / sigma"
+
+            def value(record: Record, n: str = numerator, w: tuple[int, int] = chosen) -> float:
+                return trainability(record, n, w)
+
+            columns[name + place] = value
+            # Psi over the whole network: no window of the study ends before the last activation.
+            columns[f"{name} x Psi{place}"] = lambda r, value=value: value(r) * (r.expressivity or 0)
+    columns |= {
+        name: lambda r, key=key: _number(r.proxies.get(key))
+        for name, key in (("SWAP", "swap"), ("NWOT", "nwot"), ("grad norm", "grad_norm"), ("SNIP", "snip"))
+    }
+    columns |= {
+        "sum of log numel": lambda r: r.counts.sum_log_numel if r.counts else math.nan,
+        "positions": lambda r: r.counts.positions if r.counts else math.nan,
+        "parameters": lambda r: r.counts.parameters if r.counts else math.nan,
+        "multiply-adds": lambda r: r.counts.multiply_adds if r.counts else math.nan,
+    }
+    return {name: [value(r) for r in records] for name, value in columns.items()}
+
+
+def correlation(values: Floats, accuracy: Floats, given: Sequence[Floats] = ()) -> dict[str, Any]:
+    """Returns rho of [repeats, cells] with [cells]: mean over repeats, its interval over cells, and each repeat's.
+
+    Cells where a repeat has no value are left out of all; `given` makes it the partial correlation.
+    """
+    kept = np.isfinite(values).all(0) & np.isfinite(accuracy)
+    values, accuracy, given = values[:, kept], accuracy[kept], [g[kept] for g in given]
+
+    def rho(rows: NDArray[np.intp], repeat: int) -> float:
+        x, y, z = values[repeat, rows], accuracy[rows], [g[rows] for g in given]
+        return partial_spearman(x, y, z) if given else spearman(x, y)
+
+    def mean(rows: NDArray[np.intp]) -> float:
+        return float(np.mean([rho(rows, repeat) for repeat in range(len(values))]))
+
+    everything = np.arange(values.shape[1])
+    return {
+        "rho": mean(everything),
+        "interval": bootstrap(mean, values.shape[1]),
+        "by_repeat": [rho(everything, repeat) for repeat in range(len(values))],
+        "cells": int(kept.sum()),
+    }
+
+
+def analyse(
+    by_arm: Mapping[str, Sequence[Sequence[Record]]], accuracy: Mapping[str, Floats], window: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns rho and partial rho of every predictor of every arm with each accuracy."""
+    found: dict[str, Any] = {}
+    for arm, repeats in by_arm.items():
+        tables = [predictors(records, window) for records in repeats]
+        columns = {name: np.array([table[name] for table in tables]) for name in tables[0]}
+        given = [columns[name][0] for name in GIVEN]
+        found[arm] = {
+            name: {
+                task: {
+                    **correlation(values, target),
+                    "partial": None if name in GIVEN else correlation(values, target, given)["rho"],
+                }
+                for task, target in accuracy.items()
+            }
+            for name, values in columns.items()
+        }
+    return found
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """Returns the study as text and tables."""
+    settings = data["settings"]
+    lines = [
+        "# Rank correlation with the accuracy of trained NAS-Bench-201 cells",
+        "",
+        f"{settings['cells']} random cells of the 15,625, validation accuracies as published; S = {SAMPLES} crops of "
+        f"photographs at 32x32, {settings['repeats']} repeats, each with images, labels and weights of its own; window "
+        f"{settings['window'][0]} to {settings['window'][1]} percent of depth. Spearman's rho, mean over the repeats; in "
+        "brackets the 95 % bootstrap interval over cells, then the spread over repeats; after the bar, the partial rho "
+        f"given {', '.join(GIVEN)}. The last column has the paper's table 3 where it has the row (1000 cells, images "
+        "of the data sets).",
+    ]
+    for arm, rows in data["spearman"].items():
+        lines += ["", f"## {arm}", "", f"|  | {' | '.join(ACCURACIES.values())} | paper |", "| --- | " + "---: | " * 4]
+        for name, row in rows.items():
+            paper = " / ".join(f"{v:.2f}" for v in PAPER.get(name, ()))
+            lines.append(f"| {name} | {' | '.join(_cell(row[task]) for task in ACCURACIES)} | {paper} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    spread = max(row["by_repeat"]) - min(row["by_repeat"])
+    partial = "" if row["partial"] is None else f" \\| {row['partial']:.2f}"
+    return f"{row['rho']:.2f} [{low:.2f}, {high:.2f}] ± {spread / 2:.2f}{partial}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def published(table: Path, cells: Sequence[str]) -> dict[str, Floats]:
+    """Returns the accuracies of the cells, in percent."""
+    with gzip.open(table, "rt", newline="") as file:
+        rows = {row["arch"]: row for row in csv.DictReader(file)}
+    return {task: np.array([float(rows[cell][task]) for cell in cells]) for task in ACCURACIES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=TABLE, help="cells and their accuracies, CSV")
+    parser.add_argument("--store", type=Path, default=measure.RESULTS / f"{NAME}.db", help="where scores are kept")
+    parser.add_argument("--cells", type=int, default=CELLS)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--window", type=int, nargs=2, default=(0, 100), help="first and last percentile of depth")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    space = NASBench201Space()
+    cells = list(space.sample(arguments.cells, seed=0))
+    seeds = range(arguments.repeats)
+    found: dict[str, list[list[Record]]] = {arm: [] for arm in ARMS}
+    for seed in seeds:  # a study that is stopped has whole repeats of both arms
+        for arm in ARMS:
+            found[arm].append(scores(cells, arm, seed, arguments.store))
+    accuracy = published(arguments.table, [space.encode(cell) for cell in cells])
+    window = (arguments.window[0], arguments.window[1])
+    settings = {"cells": len(cells), "repeats": len(seeds), "samples": SAMPLES, "images": "photos", "window": window}
+    data = {"settings": settings, "paper": PAPER, "spearman": analyse(found, accuracy, window)}
+    measure.RESULTS.mkdir(exist_ok=True)
+    machine = measure.machine("cpu")
+    (measure.RESULTS / f"{NAME}.json").write_text(json.dumps({"machine": machine, **measure.rounded(data)}) + "\n")
+    (measure.RESULTS / f"{NAME}.md").write_text(markdown(data))
+    print(markdown(data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Where the time of a score goes, by label."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Measures labelled stretches of work; a stretch inside another is taken out of the outer one.
+
+    On a CUDA device stretches are those of its current stream, by events, and nothing waits before `seconds`. One that
+    is not `running` costs and measures nothing.
+    """
+
+    def __init__(self, device: str, *, running: bool = True) -> None:
+        self._running = running
+        self._cuda = torch.device(device).type == "cuda"
+        self._labels = [""]
+        self._marks: list[tuple[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, label: str) -> Iterator[None]:
+        """Counts what runs inside under `label`."""
+        if not self._running:
+            yield
+            return
+        self._labels.append(label)
+        self._mark()
+        try:
+            yield
+        finally:
+            self._labels.pop()
+            self._mark()
+
+    def seconds(self) -> Mapping[str, float]:
+        """Returns the seconds of every label so far, 0 for one that never came; waits for a CUDA device."""
+        if self._cuda and self._marks:
+            self._marks[-1][1].synchronize()
+        found: defaultdict[str, float] = defaultdict(float)
+        for (label, begin), (_, end) in pairwise(self._marks):
+            found[label] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+        return found
+
+    def _mark(self) -> None:
+        if not self._cuda:
+            self._marks.append((self._labels[-1], time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append((self._labels[-1], event))

@@ -1,0 +1,250 @@
+"""Proxies that share L-SWAG's pass, held to their float64 definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import networks
+import pytest
+import torch
+from networks import CLASSES, IMAGE
+from torch import Tensor, nn
+
+import lswag_fast
+from lswag_fast import proxies, reference, spaces
+from lswag_fast import reference_saliency as definitions
+from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.errors import InputError
+from lswag_fast.options import ScoreOptions
+from lswag_fast.proxies.evidence import Evidence
+from lswag_fast.proxies.proxy import Proxy
+from lswag_fast.proxies.swap import RegSwap
+
+SHARED = ("lambda", "psi", "zico", "swap", "reg_swap", "nwot", "grad_norm", "snip", "plain", "fisher", "gradsign")
+SHARED = (*SHARED, "gsnr", "l2_norm", "params", "flops")
+OF_GROUPS = {name: getattr(definitions, name) for name in ("zico", "gradsign", "gsnr", "grad_norm", "plain", "snip")}
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, stride=2, groups=3),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(54, 16),
+        nn.ReLU(inplace=True),
+        nn.Linear(16, CLASSES),
+    )
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+class Overwritten(nn.Module):
+    """Works in place on the outputs of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(192, 16)
+        self.second = nn.Linear(16, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.first(images.flatten(1)).mul_(3.0).add_(1.0)
+        out: Tensor = self.second(torch.relu(hidden)).mul_(0.5)
+        return out
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "convolutions": convolutions,
+    "batch norm": normalised,
+    "batch norm in eval mode": lambda: normalised().eval(),
+    "in place": Overwritten,
+    "attention": networks.Attention,
+    "sequence first": networks.SequenceFirst,
+    "used twice": networks.Repeated,
+    "tied and transposed": networks.Tied,
+}
+ONLY_MODULES = {
+    "in place",
+    "convolutions",
+    "batch norm",
+    "batch norm in eval mode",
+}  # whose layers are all called as modules
+
+
+def batch(samples: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(samples, *IMAGE, generator=generator)
+    return images, torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return BUILDERS[name]()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("groups", [4, 6])
+def test_every_proxy_as_defined(name: str, groups: int) -> None:
+    model, (images, labels) = build(name), batch()
+    result = lswag_fast.score(model, images, labels, groups=groups, dtype="float32", proxies=SHARED)
+    layers = [row.name for row in result.layers]
+    for proxy, definition in OF_GROUPS.items():
+        expected = definition(model, images, labels, groups, layers)
+        # `plain` has the rounding of snip's terms, which cancel in it.
+        scale = abs(result.proxies["snip"]) if proxy == "plain" else abs(expected)
+        assert result.proxies[proxy] == pytest.approx(expected, abs=1e-4 * scale), proxy
+    score = reference.lswag(model, images, labels, parameters=layers, groups=groups)
+    signs = reference.activation_signs(model, images, labels, groups)
+    assert result.proxies["nwot"] == pytest.approx(definitions.nwot(signs), rel=1e-10)
+    assert result.proxies["swap"] == result.proxies["psi"] == score.expressivity
+    assert result.proxies["lambda"] == pytest.approx(score.trainability, rel=1e-4)
+    assert result.proxies["l2_norm"] == pytest.approx(definitions.l2_norm(model, layers), rel=1e-6)
+    assert result.proxies["params"] == sum(p.numel() for p in model.parameters())
+    assert result.proxies["flops"] == result.counts.multiply_adds
+    assert not any("has no value" in text or "failed" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_MODULES))
+def test_fisher_as_defined(name: str) -> None:
+    model, (images, labels) = build(name), batch()
+    result = lswag_fast.score(model, images, labels, groups=4, dtype="float32", proxies=("fisher",))
+    assert result.proxies["fisher"] == pytest.approx(definitions.fisher(model, images, labels, 4), rel=1e-4)
+
+
+def test_fisher_says_whose_outputs_are_not_seen() -> None:
+    model, (images, labels) = networks.SharedTable(), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=("fisher", "snip"))
+    assert math.isnan(result.proxies["fisher"])
+    assert any("fisher has no value: the outputs of table.weight" in text for text in result.warnings)
+    assert math.isfinite(result.proxies["snip"])
+
+
+def test_lswag_is_the_same_whatever_is_asked_for_beside_it() -> None:
+    model, (images, labels) = build("attention"), batch()
+    alone = lswag_fast.score(model, images, labels, dtype="float32")
+    beside = lswag_fast.score(model, images, labels, dtype="float32", proxies=("lswag", *SHARED))
+    assert alone.layers == beside.layers
+    assert (alone.lswag, alone.expressivity) == (beside.lswag, beside.expressivity)
+    assert beside.proxies["lswag"] == alone.proxies["lswag"] == alone.lswag
+
+
+def test_proxies_of_the_whole_network_look_outside_the_window() -> None:
+    model, (images, labels) = build("attention"), batch()
+    whole = lswag_fast.score(model, images, labels, dtype="float32", proxies=("lambda", *SHARED[1:]))
+    part = lswag_fast.score(model, images, labels, dtype="float32", window=(20, 50), proxies=("lambda", *SHARED[1:]))
+    bare = lswag_fast.score(model, images, labels, dtype="float32", window=(20, 50))
+    for name in set(SHARED) - {"lambda", "psi"}:
+        assert part.proxies[name] == whole.proxies[name], name
+    # Where patterns are packed, GELU is ours and not torch's.
+    assert part.proxies["lambda"] == pytest.approx(bare.trainability, rel=1e-6)
+    assert part.proxies["lambda"] == part.trainability < whole.proxies["lambda"]
+    assert part.proxies["psi"] == bare.expressivity < whole.proxies["psi"]
+    assert [row.in_window for row in part.layers] == [row.in_window for row in bare.layers]
+    assert part.counts == bare.counts
+
+
+def test_patterns_are_taken_over_the_first_samples() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", pattern_samples=6, proxies=("swap", "nwot"))
+    signs = reference.activation_signs(model, images, labels, 12)
+    assert result.proxies["nwot"] == pytest.approx(definitions.nwot([s[:6] for s in signs]), rel=1e-10)
+    assert result.proxies["swap"] == result.expressivity
+
+
+def test_regularised_swap() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    thousands = sum(p.numel() for p in model.parameters()) / 1000
+    chosen = ("swap", RegSwap(mu=thousands - 0.5, sigma=2.0))
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=chosen)
+    assert result.proxies["reg_swap"] == pytest.approx(result.proxies["swap"] * math.exp(-0.125), rel=1e-9)
+    assert {"name": "reg_swap", "mu": thousands - 0.5, "sigma": 2.0} in result.options["proxies"]
+
+
+def test_images_that_agree_everywhere_have_no_nwot() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images[:1].repeat(12, 1, 1, 1), labels, dtype="float32", proxies=("nwot",))
+    assert math.isnan(result.proxies["nwot"])
+    assert any("nwot has no value: the kernel is singular" in text for text in result.warnings)
+
+
+def test_engine_gives_what_score_gives() -> None:
+    space = spaces.get("autoformer-tiny", image_size=32, num_classes=10)
+    supernet = space.supernet(0)
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6)
+    chosen = ("lswag", *(name for name in SHARED if name != "fisher"))
+    options = ScoreOptions(dtype="float32", device="cpu", proxies=chosen).resolved(6)
+    engine = AutoFormerEngine(supernet, images, labels, None, options)
+    for arch in space.sample(2, seed=0):
+        found = engine.score(space.canonical(arch))
+        expected = lswag_fast.score(supernet.subnet(arch), images, labels, dtype="float32", proxies=chosen)
+        for name in chosen:
+            scale = expected.proxies["snip" if name == "plain" else name]
+            assert found.proxies[name] == pytest.approx(expected.proxies[name], abs=2e-4 * abs(scale)), name
+
+
+@dataclass(frozen=True)
+class Broken(Proxy):
+    name: ClassVar[str] = "broken"
+    source: ClassVar[str] = "nowhere"
+    gradient_based: ClassVar[bool] = False
+
+    def value(self, evidence: Evidence) -> float:
+        raise ValueError("no such thing")
+
+
+def test_one_that_fails_takes_no_other_with_it() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=(Broken(), "params"))
+    assert math.isnan(result.proxies["broken"])
+    assert any("broken failed: ValueError: no such thing" in text for text in result.warnings)
+    assert math.isfinite(result.proxies["params"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("zicoo",), r"no proxy is called 'zicoo'; there are lswag, lambda"),
+        (("zico", "zico"), r"holds 'zico' twice"),
+        ("zico", r"proxies is a sequence.*write \('zico',\)"),
+        ((3,), r"proxies holds 3, which is neither a name"),
+    ],
+)
+def test_bad_choices_are_refused(asked: object, message: str) -> None:
+    images, labels = batch()
+    with pytest.raises(InputError, match=message):
+        lswag_fast.score(build("convolutions"), images, labels, proxies=asked)  # type: ignore[arg-type]
+
+
+def test_every_registered_proxy_says_what_it_is() -> None:
+    for name in proxies.names():
+        kind = proxies.get(name)
+        assert kind.name == name
+        assert kind.source
+        assert kind.__doc__
+        assert isinstance(kind.gradient_based, bool)
+
+
+def test_seconds_of_each() -> None:
+    model, (images, labels) = build("attention"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=SHARED)
+    seconds = result.proxy_seconds
+    assert set(seconds) == set(SHARED)
+    assert all(0 < value < result.seconds for value in seconds.values())
+    assert seconds["params"] < seconds["nwot"] < seconds["zico"]
