@@ -12,6 +12,12 @@ _HOMES = {
     "lswag": "lswag.Lswag",
     "lambda": "lswag.Trainability",
     "psi": "lswag.Expressivity",
+    "jacov": "jacov.Jacov",
+    "epe_nas": "epe_nas.EpeNas",
+    "synflow": "synflow.Synflow",
+    "grasp": "grasp.Grasp",
+    "zen": "zen.Zen",
+    "dss": "dss.Dss",
 }
 
 
