@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,8 +111,11 @@ def trainability(features: Sequence[Tensor], seed: int) -> float:
     return sum(scores) / len(scores)
 
 
-def tcet(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Returns T-CET: the sum over layers of log(sum of |g w| / deviation of |g w|) * log det K (`proxies/tcet.py`)."""
+def tcet(model: nn.Module, images: Tensor, labels: Tensor, saliency: Mapping[str, Tensor] | None = None) -> float:
+    """Returns T-CET: the sum over layers of log(sum of s / deviation of s) * log det K (`proxies/tcet.py`).
+
+    s is `saliency` by name of the weight; None: SNIP's, |g * w|.
+    """
     twin = _twin(model, torch.float64)
     F.cross_entropy(twin(images.double()), labels).backward()  # type: ignore[no-untyped-call]
     outputs = _outputs(model, images, _LAYERS)
@@ -120,9 +123,9 @@ def tcet(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     for name, module in twin.named_modules():
         if not isinstance(module, _LAYERS) or name not in outputs or module.weight.grad is None:
             continue
-        saliency = (module.weight * module.weight.grad).detach().abs()
-        ratio = float(saliency.sum() / saliency.std())
-        total += math.log(ratio) * _log_determinant(outputs[name])
+        snip = (module.weight * module.weight.grad).detach().abs()
+        s = snip if saliency is None else saliency[f"{name}.weight"]
+        total += math.log(float(s.sum() / s.std())) * _log_determinant(outputs[name])
     return total
 
 

@@ -35,7 +35,6 @@ from .evidence import Evidence
 from .network import Network
 from .proxy import Proxy, UnavailableError
 from .rank_columns import ranked_columns
-from .sharing import once_a_network
 
 _SOURCE = "Lee, Ham, CVPR 2024"
 _CONSTANT = 2.0**-80
@@ -82,7 +81,9 @@ class _OfBlocks(Proxy):
         return entropies | {f"norm {label}": s for label, s in zip(labels[1:], parts.norms, strict=False)}
 
     def _parts(self, evidence: Evidence) -> _Parts:
-        return _parts(evidence.network, self.inputs, self.blocks)
+        key = ("parts of AZ-NAS", self.inputs, self.blocks)
+        parts: _Parts = evidence.network.once(key, lambda: _parts(evidence.network, self.inputs, self.blocks))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,6 @@ class _Parts:
     obstacle: str | None  # why there are no norms
 
 
-@once_a_network
 def _parts(network: Network, inputs: Inputs, blocks: tuple[str, ...] | None) -> _Parts:
     generator = torch.Generator().manual_seed(network.seed)
     images = network.images

@@ -12,16 +12,14 @@ from ..capture import Layer
 from ..capture.run import CaptureMode
 from ..ops.gradient_moments import Convolution
 from .network import Network
-from .sharing import once_a_network
 from .spectator import Spectator
 
 _HELD = 2**25  # values of gradients held at once: 128 MiB in float32
 _PAIRED = 2**11  # rows above which a matrix of all pairs of rows is not formed
 
 
-@once_a_network
 def tangent_kernel(network: Network) -> Tensor:
-    """Returns K [S, S] float64 on the CPU: K[m, n] = <g_m, g_n>.
+    """Returns K [S, S] float64 on the CPU: K[m, n] = <g_m, g_n>; computed once a network.
 
     g_n is the gradient of the sum of sample n's logits with respect to the weights of all layers. The passes are in
     float32 whatever the dtype of the score, and so is each g_n; products of two of them are summed in float64.
@@ -34,6 +32,11 @@ def tangent_kernel(network: Network) -> Tensor:
     Raises:
         UnavailableError: the model returns no logits.
     """
+    kernel: Tensor = network.once("tangent kernel", lambda: _tangent_kernel(network))
+    return kernel
+
+
+def _tangent_kernel(network: Network) -> Tensor:
     grams = _Grams(len(network.images), network.images.device)
     covered: set[str] = set()
     if network.plan.coupled is None:

@@ -9,8 +9,9 @@ agrees with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,77 +21,106 @@ from ..capture import Plan, SampleAxis
 from ..capture import functions as fn
 from ..capture.functions import Kind
 from ..capture.plan import Use
+from ..errors import InputError
 from ..ops.activation_patterns import hamming_kernel, pack_signs
 from .evidence import Evidence
 from .network import Network
 from .proxy import Proxy, UnavailableError
-from .sharing import once_a_network
+from .synaptic_flow import synaptic_flow
+
+Saliency = Literal["snip", "synflow"]
 
 
 @dataclass(frozen=True)
 class Tcet(Proxy):
     """Sum over layers of log(sum of s / std of s) * log det K.
 
-    s = |g * w| is the SNIP saliency of every weight of the layer, with g the gradient of the batch's mean loss, and the
-    deviation that of a sample (n - 1). K[m, n] is the number of positions at which the layer's output, before any
-    activation, has the same sign (> 0) for samples m and n: NWOT's kernel of that layer alone. The determinant is in
-    float64. A layer used several times has the positions of all uses (of the first, where capture does not cover it).
+    s is the saliency of every weight of the layer, and the deviation that of a sample (n - 1). K[m, n] is the number of
+    positions at which the layer's output, before any activation, has the same sign (> 0) for samples m and n: NWOT's
+    kernel of that layer alone. The determinant is in float64. A layer used several times has the positions of all uses
+    (of the first, where capture does not cover it).
 
     As in the code, log det K is 0 where K is singular (two samples agree everywhere, or there are fewer positions than
     tell the samples apart), the deviation is left out where it is 0, and a layer without saliency adds nothing. What
     "singular" is there depends on rounding in float32; here it is an eigenvalue below S * 2^-52 of the largest.
 
-    The paper also gives SynFlow's saliency for s; its authors search with SNIP's, and that is taken. The code sums over
-    modules (convolutions and linear layers), here every layer counts, and it takes K in evaluation mode, where here
-    batch normalisation keeps its mode. Where samples are coupled, the whole batch is one group.
+    The code sums over modules (convolutions and linear layers), here every layer counts, and it takes K in evaluation
+    mode, where here batch normalisation keeps its mode. Where samples are coupled, the whole batch is one group.
+
+    Args:
+        saliency: "snip": |g * w|, with g the gradient of the batch's mean loss, which the authors search with; or
+            "synflow": that of `synaptic_flow`, which their table has too.
     """
+
+    saliency: Saliency = "snip"
 
     name: ClassVar[str] = "tcet"
     source: ClassVar[str] = "Xiang, Hunter, Xu, Dudziak, Wen, AutoML 2023, after the public code"
     gradient_based: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.saliency not in ("snip", "synflow"):
+            raise InputError(f"saliency must be 'snip' or 'synflow', got {self.saliency!r}")
+
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network.
 
-        Raises UnavailableError where gradients are not finite, or samples on a layer's output cannot be told apart.
+        Raises UnavailableError where a saliency is not finite or cannot be had (`synaptic_flow`), or samples on a
+        layer's output cannot be told apart.
         """
-        return math.fsum(_log(saliency) * determinant for saliency, determinant in _terms(evidence.network))
+        return math.fsum(_log(ratio) * determinant for ratio, determinant in self._terms(evidence.network))
 
     def details(self, evidence: Evidence) -> dict[str, float]:
         """Returns the number of layers, and of those whose kernel is singular."""
-        terms = _terms(evidence.network)
+        terms = self._terms(evidence.network)
         return {"layers": float(len(terms)), "singular": float(sum(determinant == 0 for _, determinant in terms))}
 
+    def _terms(self, network: Network) -> list[tuple[float, float]]:
+        """Returns, for each layer, sum over deviation of its saliency, and the log-determinant of its kernel."""
+        found: list[tuple[float, float]] = network.once(("terms of T-CET", self.saliency), lambda: self._new(network))
+        return found
 
-def _log(saliency: float) -> float:
-    return math.log(saliency) if saliency > 0 else 0.0
-
-
-@once_a_network
-def _terms(network: Network) -> list[tuple[float, float]]:
-    """Returns, for each layer, the sum of its saliency over the deviation, and the log-determinant of its kernel."""
-    saliencies = _saliencies(network)
-    words = _output_signs(network)
-    return [(s, _log_determinant(words[i], len(network.images))) for i, s in enumerate(saliencies)]
+    def _new(self, network: Network) -> list[tuple[float, float]]:
+        ratios = [_ratio(s) for s in (_snip(network) if self.saliency == "snip" else _synflow(network))]
+        determinants: list[float] = network.once("determinants of T-CET", lambda: _determinants(network))
+        return list(zip(ratios, determinants, strict=True))
 
 
-def _saliencies(network: Network) -> list[float]:
+def _log(ratio: float) -> float:
+    return math.log(ratio) if ratio > 0 else 0.0
+
+
+def _snip(network: Network) -> Iterator[Tensor]:
+    """Yields |g * w| of the weights of each layer."""
     parameters = network.parameters()
     leaves = {layer.name: parameters[layer.name].detach().requires_grad_() for layer in network.plan.layers}
     loss = network.losses(network.run(network.images, leaves)).mean()
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    found = []
     for weight, gradient in zip(leaves.values(), gradients, strict=True):
-        if gradient is None:
-            found.append(0.0)
-            continue
-        saliency = (gradient.float() * weight.detach().float()).abs().flatten()
-        total = float(saliency.sum(dtype=torch.float64))
-        if not math.isfinite(total):
-            raise UnavailableError("the gradients of the loss are not finite")
-        deviation = float(saliency.double().std()) if len(saliency) > 1 else 0.0
-        found.append(total / deviation if deviation > 0 else total)
-    return found
+        weight = weight.detach()
+        yield torch.zeros_like(weight) if gradient is None else (gradient.float() * weight.float()).abs()
+
+
+def _synflow(network: Network) -> Iterator[Tensor]:
+    """Yields |dR / dw * w| of the weights of each layer."""
+    names = [layer.name for layer in network.plan.layers]
+    flow = synaptic_flow(network, names)
+    for name in names:
+        yield (flow.weights[name] * flow.gradients[name]).abs()
+
+
+def _ratio(saliency: Tensor) -> float:
+    """Returns the sum of a layer's saliency over its deviation; the sum where that is 0."""
+    saliency = saliency.double().flatten()
+    total = float(saliency.sum())
+    if not math.isfinite(total):
+        raise UnavailableError("the saliency of a weight is not finite")
+    deviation = float(saliency.std()) if len(saliency) > 1 else 0.0
+    return total / deviation if deviation > 0 else total
+
+
+def _determinants(network: Network) -> list[float]:
+    return [_log_determinant(words, len(network.images)) for words in _output_signs(network)]
 
 
 def _log_determinant(words: list[Tensor], samples: int) -> float:

@@ -145,6 +145,6 @@ def evidence_of(
     with preserved(model):
         sandbox = Sandbox(model, dtype)
         plan = trace(sandbox, images, labels, loss)
-        layers = tuple(LayerEvidence(a.name, sandbox.parameters[a.name], None, None, None) for a in plan.layers)
+        layers = tuple(LayerEvidence(a.name, a.numel, None, None, None) for a in plan.layers)
         network = Network(sandbox, plan, images, labels, loss, seed)
-        yield Evidence(layers, 0.0, 0, plan.parameters, plan.multiply_adds, (), 0, network)
+        yield Evidence(layers, 0.0, 0, plan.parameters, plan.multiply_adds, 2, (), 0, lambda: network)

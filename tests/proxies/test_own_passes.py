@@ -172,7 +172,8 @@ def test_grasp_divides_the_logits_by_the_temperature():
 def drawn(evidence: Evidence, images: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Weights, x and e in the order that Zen says it draws."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {layer.name: torch.randn(layer.weight.shape, generator=generator) for layer in evidence.layers}
+    shapes = {layer.name: evidence.network.parameters()[layer.name].shape for layer in evidence.layers}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return weights, *(torch.randn(images.shape, generator=generator) for _ in range(2))
 
 
