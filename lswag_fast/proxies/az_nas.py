@@ -70,6 +70,8 @@ class _OfBlocks(Proxy):
     def __post_init__(self) -> None:
         if self.inputs not in ("batch", "noise"):
             raise InputError(f"inputs must be 'batch' or 'noise', got {self.inputs!r}")
+        if isinstance(self.blocks, str):
+            raise InputError(f"blocks is a sequence of names of modules, got {self.blocks!r}; write ({self.blocks!r},)")
         if self.blocks is not None:
             object.__setattr__(self, "blocks", tuple(self.blocks))
 

@@ -176,6 +176,8 @@ def test_az_nas_that_cannot_be_had() -> None:
         Expressivity(blocks=("stage1", "stage9")).value(evidence)
     with pytest.raises(InputError, match="inputs must be"):
         AzNas(inputs="photos")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="sequence of names"):
+        AzNas(blocks="blocks.0")  # type: ignore[arg-type]
 
 
 def test_az_nas_of_a_pool() -> None:
