@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ class Network:
         self.seed = seed
         self._loss = loss
         self._sandboxes = {sandbox.dtype: sandbox}
+        self._results: dict[Hashable, Any] = {}
 
     def parameters(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns the parameters by name in `dtype` (None: that of the score), shared by all callers: do not write."""
@@ -71,11 +72,17 @@ class Network:
 
     @cached_property
     def input_jacobian(self) -> Tensor:
-        """[S, values of an image] float32: the gradient at each image of the sum of its logits, in one pass."""
-        images = self.images.clone().requires_grad_()
-        total = self.logits(self.run(images)).float().sum()
+        """[S, values of an image]: the gradient at each image of the sum of all logits, in one pass in float32."""
+        images = self.images.to(torch.float32, copy=True).requires_grad_()
+        total = self.logits(self.run(images, dtype=torch.float32)).sum()
         (jacobian,) = torch.autograd.grad(total, images)
-        return jacobian.flatten(1).float()
+        return jacobian.flatten(1)
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Returns compute(), which is called for the first request with this key only: passes that proxies share."""
+        if key not in self._results:
+            self._results[key] = compute()
+        return self._results[key]
 
     def _sandbox(self, dtype: torch.dtype | None) -> Sandbox:
         wanted = self.dtype if dtype is None else dtype
