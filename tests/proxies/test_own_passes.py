@@ -8,6 +8,7 @@ from collections.abc import Callable
 import proxy_networks as networks
 import pytest
 import torch
+from networks import Cached
 from proxy_networks import CLASSES, evidence_of, unavailable
 from torch import Tensor, nn
 
@@ -244,6 +245,15 @@ def test_values_in_bfloat16_are_those_of_the_rounded_images(dtype: torch.dtype):
             with evidence_of(networks.convnet(), images, labels, dtype=kind) as evidence:
                 values.append(proxy.value(evidence))
         assert values[0] == values[1], proxy.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_keep_what_their_first_pass_computed(dtype: torch.dtype):
+    images, labels = networks.batch()
+    torch.manual_seed(0)
+    with evidence_of(Cached(), images, labels, dtype=dtype) as evidence:
+        for proxy in ALL[:5]:
+            assert math.isfinite(proxy.value(evidence)), proxy.name
 
 
 def test_labels_of_one_class():
