@@ -128,11 +128,11 @@ def score(
             labels = labels.to(resolved.device)
         with clock("trace"):
             probe(plan, sandbox, take(images, 2))
+        network = Network(sandbox, plan.copy(), images, labels, loss_or_default, seed)
         statistics = PassStatistics(plan, resolved, samples, clock, parameters=sandbox.parameters)
         assert resolved.groups is not None
         losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
         statistics.launch()
-        network = Network(sandbox, plan, images, labels, loss_or_default, seed)
         scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
         result = scored.result(options, caught, start)
     if result.uncovered:

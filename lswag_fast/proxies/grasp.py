@@ -24,8 +24,10 @@ class Grasp(Proxy):
     200. Abdelfattah et al. (ICLR 2021) and NAS-Bench-Suite-Zero sum the scores, with the same sign, which they found to
     rank better, and a temperature of 1; both are taken. Their g and H are of the same images, as here.
 
-    Gradients and products are float32 whatever the dtype of the score, the sum is float64. Attention is computed by
-    torch's own operations, as fused kernels cannot be differentiated twice.
+    Gradients and products are float32 whatever the dtype of the score, the sum is float64. Batch normalisation by the
+    batch makes weights of either sign cancel: on five NAS-Bench-201 cells (S = 32) the conditioning was 120 to 4300 and
+    float32 differed from float64 by 4e-5 to 6e-3. Attention is computed by torch's own operations, as fused kernels
+    cannot be differentiated twice.
 
     Attributes:
         temperature: what the logits are divided by; the default loss or one on logits is needed where it is not 1.

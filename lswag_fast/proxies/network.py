@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Any
@@ -87,5 +88,8 @@ class Network:
     def _sandbox(self, dtype: torch.dtype | None) -> Sandbox:
         wanted = self.dtype if dtype is None else dtype
         if wanted not in self._sandboxes:
-            self._sandboxes[wanted] = Sandbox(self.model, wanted)
+            # A copy of the first sandbox still knows the model's attributes from before any pass filled a cache.
+            sandbox, cast = copy.copy(self._sandboxes[self.dtype]), Sandbox(self.model, wanted)
+            sandbox.parameters, sandbox.buffers, sandbox.dtype = cast.parameters, cast.buffers, wanted
+            self._sandboxes[wanted] = sandbox
         return self._sandboxes[wanted]

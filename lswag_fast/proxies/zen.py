@@ -29,7 +29,7 @@ class Zen(Proxy):
 
     f are the features before global average pooling; x and e are Gaussian, of the shape of the batch. As in the public
     code, the weights of all layers are drawn anew from N(0, 1), their biases are 0, and batch and group normalisation
-    scale by 1 and shift by 0: the value depends on the structure and the seed alone.
+    scale by 1 and shift by 0, so that neither the images nor the initialisation of these matter.
 
     Paper (algorithm 1) and code (ZenNAS, NASLib) differ. The paper has a Frobenius norm, the code a sum of absolute
     values. The paper's sigma^2 is the variance of the batch, averaged over the channels; the code reads the running

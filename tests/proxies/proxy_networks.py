@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lswag_fast.capture.sandbox import preserved
 from lswag_fast.losses import CrossEntropy
 from lswag_fast.proxies.evidence import Evidence, LayerEvidence
 from lswag_fast.proxies.network import Network
+from lswag_fast.proxies.proxy import UnavailableError
 from lswag_fast.spaces import get
 
 CLASSES = 4
@@ -148,3 +150,7 @@ def evidence_of(
         layers = tuple(LayerEvidence(a.name, a.numel, None, None, None) for a in plan.layers)
         network = Network(sandbox, plan, images, labels, loss, seed)
         yield Evidence(layers, 0.0, 0, plan.parameters, plan.multiply_adds, 2, (), 0, lambda: network)
+
+
+def unavailable(text: str) -> pytest.RaisesExc[UnavailableError]:
+    return pytest.raises(UnavailableError, match=text)

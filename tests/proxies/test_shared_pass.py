@@ -188,7 +188,7 @@ def test_engine_gives_what_score_gives() -> None:
     supernet = space.supernet(0)
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6)
-    chosen = ("lswag", *(name for name in SHARED if name != "fisher"))
+    chosen = ("lswag", *(name for name in SHARED if name != "fisher"), "jacov", "te_nas_ntk", "synflow")
     options = ScoreOptions(dtype="float32", device="cpu", proxies=chosen).resolved(6)
     engine = AutoFormerEngine(supernet, images, labels, None, options)
     for arch in space.sample(2, seed=0):
