@@ -41,7 +41,7 @@ class Zen(Proxy):
 
     The features are the input of the last average over all positions (of [S, C, H, W], or over the tokens of [S, T, C])
     that no product over several positions follows. Transformers that average their tokens so have a value, an extension
-    of ours; layer normalisation makes it depend on little but the number of features.
+    of ours: layer normalisation fixes the scale of their features, and no sigma makes up for it.
 
     Drawn on the CPU in float32 from the seed of the score: for each repeat the weights in the order of the layers,
     x, then e. Computed in float32.
@@ -69,26 +69,21 @@ class Zen(Proxy):
         network, names = evidence.network, [layer.name for layer in evidence.layers]
         generator = torch.Generator().manual_seed(network.seed)
         with torch.no_grad():
-            values = [self._once(network, names, generator) for _ in range(self.repeats)]
+            values = [self._draw(network, names, generator) for _ in range(self.repeats)]
         return math.fsum(values) / self.repeats
 
-    def _once(self, network: Network, names: Sequence[str], generator: torch.Generator) -> float:
+    def _draw(self, network: Network, names: Sequence[str], generator: torch.Generator) -> float:
         parameters = _drawn(network, names, generator)
         device, shape = network.images.device, network.images.shape
         x, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-        first, second = (_features(network, parameters, images) for images in (x, x + self.gamma * noise))
-        moved = (first.features - second.features).abs().flatten(1).double().sum(1).mean()
+        features, variances = _features(network, parameters, x)
+        disturbed, again = _features(network, parameters, x + self.gamma * noise)
+        moved = (features - disturbed).abs().flatten(1).double().sum(1).mean()
         if moved == 0:
             raise UnavailableError("the features before global pooling do not depend on the image")
-        variances = [0.81 + 0.09 * v + 0.1 * w for v, w in zip(first.variances, second.variances, strict=True)]
-        scale = 0.5 * torch.tensor(variances, dtype=torch.float64).log().sum()
-        return finite(float(moved.log() + scale), "the features of the redrawn network are not finite")
-
-
-@dataclass(frozen=True)
-class _Pass:
-    features: Tensor
-    variances: list[float]
+        running = [0.81 + 0.09 * v + 0.1 * w for v, w in zip(variances, again, strict=True)]
+        log_sigmas = 0.5 * torch.tensor(running, dtype=torch.float64).log().sum()
+        return finite(float(moved.log() + log_sigmas), "the features of the redrawn network are not finite")
 
 
 class _BeforePooling(TorchFunctionMode):
@@ -143,12 +138,13 @@ def _positions(x: Tensor) -> int:
     return 1 if x.dim() < 3 else math.prod(x.shape[1:]) // max(*x.shape[1:], 1)
 
 
-def _features(network: Network, parameters: dict[str, Tensor], images: Tensor) -> _Pass:
+def _features(network: Network, parameters: dict[str, Tensor], images: Tensor) -> tuple[Tensor, list[float]]:
+    """Returns the features before global pooling, and the variance of each batch normalisation."""
     with _BeforePooling(len(images)) as watch:
         network.run(images, parameters, dtype=torch.float32)
     if watch.features is None:
         raise UnavailableError("it is defined on the features before global average pooling, and none was found")
-    return _Pass(watch.features, [float(v) for v in watch.variances])
+    return watch.features, [float(v) for v in watch.variances]
 
 
 def _drawn(network: Network, names: Sequence[str], generator: torch.Generator) -> dict[str, Tensor]:
