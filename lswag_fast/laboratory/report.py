@@ -31,6 +31,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 td small { color: var(--muted); display: block; font-size: 11.5px; }
 .state { color: var(--mark); } .warnings li { color: var(--mark); } .warnings b { color: var(--ink); }
+figure { margin: 1rem 0; }
 .muted { color: var(--muted); }
 img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
 """
@@ -165,7 +166,7 @@ def _cells(row: Row) -> str:
 def _number(found: Estimate | None) -> str:
     if found is None or not math.isfinite(found.value):
         return '<td data-value=""></td>'
-    spread = f" ± {found.spread:.2g}" if math.isfinite(found.spread) else ""
+    spread = f"<br>± {found.spread:.2g}" if math.isfinite(found.spread) else ""
     interval = f"[{found.low:.2f}, {found.high:.2f}]{spread}"
     return f'<td data-value="{found.value:.6f}">{found.value:.3f}<small>{interval}</small></td>'
 
