@@ -155,9 +155,7 @@ def _range(accuracy: Any) -> tuple[float, float]:
 def _colours() -> Any:
     from matplotlib import colormaps
 
-    colours = colormaps["RdBu"].copy()
-    colours.set_bad("#dddddd")
-    return colours
+    return colormaps["RdBu"].with_extremes(bad="#dddddd")
 
 
 def _panels(lines: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
