@@ -89,7 +89,8 @@ class Pool:
         """Information gain of each proxy but the best, given the best, in bits."""
         codes = {n: discretise(z[self.known], self.bins, self.binning) for n, z in self.columns.items()}
         target = discretise(self.accuracy[self.known], self.bins, self.binning)
-        return {n: information_gain(target, codes[self.best], z) for n, z in codes.items() if n != self.best}
+        given = codes.pop(self.best)
+        return {name: _comparable(information_gain(target, given, added)) for name, added in codes.items()}
 
     @cached_property
     def biases(self) -> dict[str, float]:
@@ -103,7 +104,7 @@ class Pool:
 
     def _bias(self, values: Floats) -> float:
         # Pearson's correlation of two rankings is Spearman's of what they rank.
-        return spearman(rankings(values[self.known]), rankings(self.bias_column[self.known]))
+        return _comparable(spearman(rankings(values[self.known]), rankings(self.bias_column[self.known])))
 
     def combine(self, names: Sequence[str], combination: Combination) -> Floats:
         """Returns the score by the proxies `names`, [N], over all architectures."""
@@ -139,8 +140,9 @@ def libra(
     proxy is first turned by the sign of its rho, and a proxy that ranks backwards is then as good as one that does not.
 
     The choice sees the known accuracies only; the score covers every architecture. Ties share ranks; of proxies that
-    tie, the one named first is chosen. A missing value has the mean rank of its column. An architecture given twice
-    counts twice, and makes intervals too narrow: give it once (a note tells where rows are equal in all columns).
+    tie, the one of the higher rho is chosen, and then the one named first. A missing value has the mean rank of its
+    column. An architecture given twice counts twice, and makes intervals too narrow: give it once (a note tells where
+    rows are equal in all columns).
 
     Args:
         scores: proxies by name, each one value an architecture, [N]; NaN where missing. Constant proxies, and those
@@ -247,7 +249,12 @@ def _check(accuracy: Floats, params: Floats, known: NDArray[np.bool_]) -> None:
 def _rho(values: Floats, accuracy: Floats) -> float:
     rows = ~np.isnan(values) & ~np.isnan(accuracy)
     rho = spearman(values[rows], accuracy[rows])
-    return 0.0 if np.isnan(rho) else rho
+    return 0.0 if np.isnan(rho) else _comparable(rho)
+
+
+def _comparable(value: float) -> float:
+    """Returns a statistic without its rounding errors, so that equal ones tie."""
+    return round(value, 12)
 
 
 def _notes(
@@ -271,9 +278,9 @@ def _notes(
 
 def _too_few(pool: Pool) -> str:
     limit = pool.rho[pool.best] - REACH
-    found = f"{len(pool.near)} other" if pool.near else "no other"
+    found = "one other proxy" if pool.near else "no other proxy"
     return (
-        f"{found} proxy has a rho above {limit:.3f} ({REACH:g} below that of {pool.best}), so fewer than three combine"
+        f"{found} has a rho above {limit:.3f} ({REACH:g} below that of {pool.best}), so fewer than three are combined"
     )
 
 
