@@ -11,6 +11,7 @@ import argparse
 import csv
 import gzip
 import json
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -98,7 +99,7 @@ def in_hindsight(table: Table) -> dict[str, Floats]:
     choose = partial(libra, table.scores, table.accuracy, table.params, resamples=0)
     parts = ablations(table.scores, table.accuracy, table.params, resamples=0)
     return {
-        BEST: pool.columns[pool.best],
+        BEST: rankings(pool.columns[pool.best]),
         LIBRA: choose().score,
         **{f"LIBRA: {name}": choose(**options).score for name, options in VARIANTS.items()},
         **{name: parts[name].score for name in ABLATIONS if "random" not in name},
@@ -122,7 +123,7 @@ def by_labels(table: Table, draw: int) -> dict[str, Floats]:
     # A third of the features a split is Breiman's default for regression, and 0.01 better here than scikit-learn's all.
     forest = RandomForestRegressor(n_estimators=300, max_features=1 / 3, random_state=draw)
     return {
-        f"best single proxy, {LABELS} labels": pool.columns[pool.best],
+        f"best single proxy, {LABELS} labels": rankings(pool.columns[pool.best]),
         f"LIBRA, {LABELS} labels": libra(table.scores, known, table.params, resamples=0).score,
         RIDGE: ridge.predict(ranks),
         FOREST: forest.fit(ranks[labelled], known[labelled]).predict(ranks),
@@ -320,7 +321,9 @@ def main() -> None:
         tasks = list(pool.map(partial(study, draws=arguments.draws, resamples=arguments.resamples), paths))
     settings = {"labels": LABELS, "draws": arguments.draws, "resamples": arguments.resamples, "first_seed": FIRST_SEED}
     data = {"settings": settings, **summarise(tasks)}
-    machine = {**measure.machine("cpu"), "scikit-learn": sklearn_version, "seconds": time.perf_counter() - start}
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cost = {"seconds": time.perf_counter() - start, "processor_seconds": usage.ru_utime + usage.ru_stime}
+    machine = {**measure.machine("cpu"), "scikit-learn": sklearn_version, "workers": arguments.workers, **cost}
     text = json.dumps(measure.rounded({"machine": machine, **data}))
     (arguments.output / f"{NAME}.json").write_text(text + "\n")
     (arguments.output / f"{NAME}.md").write_text(markdown(data))

@@ -61,9 +61,14 @@ def slow_choice(scores: Columns, accuracy: NDArray[np.float64], params: NDArray[
 @settings(max_examples=40)
 def test_the_choice_is_that_of_algorithm_1(seed: int, bins: int):
     scores, accuracy, params = benchmark(seed)
+    generator = np.random.default_rng(seed)
+    scores |= {f"far{i}": accuracy + i * generator.normal(size=len(accuracy)) for i in (1, 2, 3)}
     result = libra(scores, accuracy, params, bins=bins, resamples=0)
     expected = slow_choice(scores, accuracy, params, bins)
     assert list(result.names) == expected
+    assert all(
+        c.in_reach == (c.name != expected[0] and result.candidates[0].rho - 0.1 < c.rho) for c in result.candidates
+    )
     np.testing.assert_allclose(result.score, sum(rankdata(scores[name]) for name in expected))
     assert result.rho == pytest.approx(spearmanr(result.score, accuracy)[0])
 

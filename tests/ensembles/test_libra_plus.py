@@ -98,6 +98,13 @@ def test_members_no_better_than_chance_weigh_alike():
     assert module._weights([0.3, -0.2, 0.6]).tolist() == pytest.approx([0.2, 0, 0.8])
 
 
+def test_the_average_is_of_predictions_on_one_scale():
+    low, high = np.array([1.0, 2.0, 3.0]), np.array([500.0, 100.0, 300.0])
+    standardised = [(p - p.mean()) / p.std() for p in (low, high)]
+    found = module._average([low, high, np.full(3, 9.0)], np.array([0.6, 0.3, 0.1]))
+    np.testing.assert_allclose(found, 0.6 * standardised[0] + 0.3 * standardised[1])
+
+
 @pytest.mark.parametrize(
     ("labelled", "accuracies", "message"),
     [
