@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .correlation import Floats
-from .laboratory.plots import BLUE, INK, ORANGE, PALE_BLUE, require
+from .laboratory.plots import require
 from .layer_statistics import PERCENTILES, LayerStatistics, Profile
 
+BLUE, PALE_BLUE, ORANGE, INK = "#1f5fa8", "#86b0dd", "#c2410c", "#222222"
 _DEPTHS = 8
 _DPI = 130
 
@@ -31,18 +33,19 @@ def draw(statistics: LayerStatistics, window_rho: Mapping[str, Floats] | None = 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    maps = dict(window_rho or {})
-    columns = min(3, 2 + bool(maps))
-    lines = max(1, math.ceil((2 + len(maps)) / columns))
+    paintings: list[Callable[[Any], None]] = [partial(_whole, statistics=statistics)]
+    if len(statistics.depths()) > 1:
+        paintings.append(partial(_by_depth, statistics=statistics))
+    paintings += [partial(_heat_map, task=task, rho=rho) for task, rho in (window_rho or {}).items()]
+    columns = min(3, len(paintings))
+    lines = math.ceil(len(paintings) / columns)
     figure = Figure(figsize=(5.6 * columns, 4.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    _whole(panels[0], statistics)
-    _by_depth(panels[1], statistics)
-    for panel, (task, rho) in zip(panels[2:], maps.items(), strict=False):
-        _heat_map(panel, task, rho)
-    for panel in panels:
-        panel.set_visible(panel.has_data())
+    for panel, paint in zip(panels, paintings, strict=False):
+        paint(panel)
+    for unused in panels[len(paintings) :]:
+        unused.set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, facecolor="white")
     return file.getvalue()
@@ -69,7 +72,7 @@ def _by_depth(panel: Any, statistics: LayerStatistics) -> None:
     shown = sorted(sorted(depths, key=lambda number: -depths[number])[:_DEPTHS])
     colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(shown)))
     for number, colour in zip(shown, colours, strict=True):
-        _line(panel, statistics.profile(number), color=colour, label=f"{number} layers ({depths[number]})")
+        _line(panel, statistics.having(number).profile(), color=colour, label=f"{number} layers ({depths[number]})")
     panel.legend(fontsize=8)
     most = f", the {_DEPTHS} most frequent of {len(depths)} numbers" if len(depths) > len(shown) else ""
     panel.set_title(f"By number of layers (networks){most}", fontsize=10)
@@ -89,11 +92,7 @@ def _label(panel: Any) -> None:
 
 
 def _heat_map(panel: Any, task: str, rho: Floats) -> None:
-    from matplotlib import colormaps
-
-    colours = colormaps["RdBu"].copy()
-    colours.set_bad("white")
-    panel.imshow(np.ma.masked_invalid(rho), cmap=colours, vmin=-1, vmax=1)
+    panel.imshow(np.ma.masked_invalid(rho), cmap="RdBu", vmin=-1, vmax=1)
     for first, last in np.argwhere(np.isfinite(rho)):
         value = rho[first, last]
         colour = "white" if abs(value) > 0.6 else INK

@@ -64,9 +64,14 @@ class LayerStatistics:
         """Returns how many networks have each number of layers, by number."""
         return dict(sorted(Counter(self.layers.tolist()).items()))
 
-    def profile(self, layers: int | None = None) -> Profile:
-        """Returns mean and deviation of log sigma, over all networks or those with so many layers."""
-        return _profile(self.log_sigma if layers is None else self.log_sigma[self.layers == layers])
+    def having(self, layers: int) -> LayerStatistics:
+        """Returns the statistics of the networks with so many layers alone."""
+        kept = self.layers == layers
+        return LayerStatistics(self.layers[kept], self.log_sigma[kept], self.terms[kept])
+
+    def profile(self) -> Profile:
+        """Returns mean and deviation of log sigma."""
+        return _profile(self.log_sigma)
 
     def term_profile(self) -> Profile:
         """Returns mean and deviation of the terms."""
@@ -107,13 +112,12 @@ class LayerStatistics:
         return suggest_window(self.profile().mean)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the statistics as plain values that JSON can hold, None for NaN; not the networks one by one."""
+        """Returns profiles and suggestion as plain values that JSON can hold, None for NaN."""
         found = self.suggestion()
         return {
             "networks": len(self.layers),
             "percentiles": list(PERCENTILES),
             "log_sigma": _plain(self.profile()),
-            "log_sigma_by_number_of_layers": {str(n): _plain(self.profile(n)) for n in self.depths()},
             "lambda_term": _plain(self.term_profile()),
             "suggested_window": list(found.window),
             "spikes": list(found.spikes),
@@ -206,10 +210,12 @@ def _profile(values: Floats) -> Profile:
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
-    return {"networks": profile.networks, "mean": nullable(profile.mean), "std": nullable(profile.std)}
+    return {"mean": nullable(profile.mean), "std": nullable(profile.std)}
 
 
 def nullable(values: Floats) -> list[Any]:
     """Returns an array as nested lists, with None for NaN, which JSON does not have."""
-    rows: list[Any] = values.tolist()
-    return [nullable(np.array(row)) if isinstance(row, list) else (row if math.isfinite(row) else None) for row in rows]
+    objects = values.astype(object)
+    objects[~np.isfinite(values)] = None
+    nested: list[Any] = objects.tolist()
+    return nested

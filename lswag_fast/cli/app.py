@@ -258,7 +258,9 @@ def layers(
     ] = None,
     tasks: Annotated[str, typer.Option(help="Columns that are accuracies, with commas between; found by name.")] = "",
     context: Annotated[str, typer.Option(help="Settings, by the first characters of their id; the newest.")] = "",
-    output: Annotated[Path, typer.Option(help="The folder of layers.png and layers.json.")] = Path("layers"),
+    output: Annotated[
+        Path, typer.Option(help="The folder of layers.json, and of layers.png, also by number of layers.")
+    ] = Path("layers"),
     as_json: JsonOption = False,
 ) -> None:
     """Shows where in depth gradients vary, suggests a window, and ranks every window by accuracies."""

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import spaces
 from ..correlation import Floats
 from ..errors import InputError
 from ..laboratory.joining import Scores, joined
 from ..laboratory.plots import require
+from ..laboratory.study import MIN_ARCHITECTURES
 from ..laboratory.tables import Arch, read
 from ..layer_figure import draw
 from ..layer_statistics import PERCENTILES, LayerStatistics, layer_statistics, nullable
@@ -35,21 +37,35 @@ class Request:
     as_json: bool
 
 
+@dataclass(frozen=True)
+class Accuracies:
+    """One task: the places of networks among the statistics', and their accuracies."""
+
+    networks: NDArray[np.intp]
+    values: Floats
+
+
 def run(request: Request) -> None:
-    """Writes the figure and the numbers of what `request` names, and prints what they say."""
+    """Writes figures and numbers of what `request` names, of all networks and by depth, and prints what they say."""
     require()
     with Store(request.store, read_only=True) as store:
         settings = chosen_run(store, request.context)
         statistics, archs = _read(store, settings)
-    rho = _window_rho(request, settings, statistics, archs) if request.accuracies else {}
-    data: dict[str, Any] = {"settings": settings.metadata, **statistics.to_dict()}
-    data["accuracies"] = {task: _of_task(found, statistics) for task, found in rho.items()}
-    files = {"layers.json": json.dumps(data).encode(), "layers.png": draw(statistics, rho)}
+    tasks = _tasks(request, settings, archs) if request.accuracies else {}
+    described, figure = _study(statistics, tasks)
+    files = {"layers.png": figure}
+    by_depth = {}
+    for number in _depths(statistics):
+        by_depth[str(number)], files[f"layers-{number}.png"] = _study(
+            statistics.having(number), {name: _at_depth(task, statistics, number) for name, task in tasks.items()}
+        )
+    data = {"settings": settings.metadata, **described, "by_number_of_layers": by_depth}
+    files = {"layers.json": json.dumps(data).encode(), **files}
     _write(request.output, files)
     if request.as_json:
         print(json.dumps(data))
         return
-    print(_said(statistics, data["accuracies"]))
+    print(_said(described))
     print(f"{', '.join(files)} written to {request.output}")
 
 
@@ -63,17 +79,16 @@ def _read(store: Store, settings: Run) -> tuple[LayerStatistics, list[Arch]]:
                 archs.append(record.arch)
                 yield record.layers
 
-    if tuple(settings.metadata["options"]["window"]) != (0, 100):
+    window = tuple(settings.metadata["options"]["window"])
+    if window != (0, 100):
         raise InputError(
-            f"the scores with settings {settings.context[:8]} are of a window, {settings.metadata['options']['window']}; "
+            f"the scores with settings {settings.context[:8]} are of the window {window}; "
             f"layer statistics need scores of the whole network: score again without --window, or choose --context"
         )
     return layer_statistics(layers(), numerator=settings.metadata["options"]["numerator"]), archs
 
 
-def _window_rho(
-    request: Request, settings: Run, statistics: LayerStatistics, archs: Sequence[Arch]
-) -> dict[str, Floats]:
+def _tasks(request: Request, settings: Run, archs: Sequence[Arch]) -> dict[str, Accuracies]:
     space: Any = spaces.get(**settings.metadata["space"])
 
     def key(arch: Arch) -> str:
@@ -85,9 +100,26 @@ def _window_rho(
     found = {}
     for task in joined([scores], tables, request.tasks):
         known = np.isfinite(task.accuracy)
-        networks = task.proxies["place"][0][known].astype(np.intp)
-        found[task.name] = statistics.window_rho(task.accuracy[known], networks)
+        found[task.name] = Accuracies(task.proxies["place"][0][known].astype(np.intp), task.accuracy[known])
     return found
+
+
+def _depths(statistics: LayerStatistics) -> list[int]:
+    """The numbers of layers that several networks, but not all, have."""
+    depths = statistics.depths()
+    return [number for number, networks in depths.items() if len(depths) > 1 and networks >= MIN_ARCHITECTURES]
+
+
+def _at_depth(task: Accuracies, statistics: LayerStatistics, number: int) -> Accuracies:
+    here = np.flatnonzero(statistics.layers == number)
+    kept = np.isin(task.networks, here)
+    return Accuracies(np.searchsorted(here, task.networks[kept]), task.values[kept])
+
+
+def _study(statistics: LayerStatistics, tasks: dict[str, Accuracies]) -> tuple[dict[str, Any], bytes]:
+    rho = {name: statistics.window_rho(task.values, task.networks) for name, task in tasks.items() if len(task.values)}
+    described = {**statistics.to_dict(), "accuracies": {name: _of_task(of, statistics) for name, of in rho.items()}}
+    return described, draw(statistics, rho)
 
 
 def _of_task(rho: Floats, statistics: LayerStatistics) -> dict[str, Any]:
@@ -103,20 +135,19 @@ def _of_task(rho: Floats, statistics: LayerStatistics) -> dict[str, Any]:
     }
 
 
-def _said(statistics: LayerStatistics, accuracies: dict[str, dict[str, Any]]) -> str:
-    found = statistics.suggestion()
-    first, last = found.window
-    lines = [f"{len(statistics.layers)} networks; suggested window {first} to {last}: {found.reason}"]
-    for task, of in accuracies.items():
+def _said(described: dict[str, Any]) -> str:
+    first, last = described["suggested_window"]
+    lines = [f"{described['networks']} networks; suggested window {first} to {last}: {described['reason']}"]
+    for task, of in described["accuracies"].items():
         best = of["best_window_in_hindsight"]
         if best is None:
             lines.append(f"{task}: no window has a rho, for Lambda or the accuracy is the same everywhere")
             continue
         suggested, whole = (_rho(of[name]) for name in ("rho_of_the_suggested_window", "rho_of_the_whole"))
+        windows = len(PERCENTILES) * (len(PERCENTILES) + 1) // 2
         lines.append(
-            f"{task}: rho of Lambda {suggested} in that window, {whole} over the whole network; the best "
-            f"of {len(PERCENTILES) * (len(PERCENTILES) + 1) // 2} windows, in hindsight, is {best[0]} to {best[1]} "
-            f"with {_rho(of['its_rho'])}"
+            f"{task}: rho of Lambda {suggested} in that window, {whole} over the whole network; the best of {windows} "
+            f"windows, in hindsight, is {best[0]} to {best[1]} with {_rho(of['its_rho'])}"
         )
     return "\n".join(lines)
 
