@@ -175,11 +175,10 @@ def suggest_window(mean_log_sigma: ArrayLike) -> WindowSuggestion:
             (0, 100), (), f"only {len(known)} percentiles below 100 have layers: no trend is fitted"
         )
     heights = values[known]
-    slope = np.median(
-        [(heights[j] - heights[i]) / (known[j] - known[i]) for i, j in combinations(range(len(known)), 2)]
-    )
-    line = slope * known
-    distance = heights - line - np.median(heights - line)
+    pairs = combinations(range(len(known)), 2)
+    slope = float(np.median([(heights[j] - heights[i]) / (known[j] - known[i]) for i, j in pairs]))
+    distance = heights - slope * known
+    distance -= np.median(distance)
     threshold = max(_OUTLIER * float(np.median(np.abs(distance))), _LEAST_SPIKE)
     side = np.where(np.abs(distance) > threshold, np.sign(distance), 0).astype(int)
     if not side.any():

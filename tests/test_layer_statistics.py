@@ -103,6 +103,13 @@ def test_the_strongest_run_is_taken_and_all_spikes_are_told() -> None:
     assert suggest_window(mean).window == (10, 10)
 
 
+@pytest.mark.parametrize(("height", "spikes"), [(0.62, ()), (0.68, (50,))])
+def test_a_spike_is_an_outlier_of_three_and_a_half_modified_z_scores(height: float, spikes: tuple[int, ...]) -> None:
+    """All distances but that of 50 are 0 or 0.125, so their median is 0.125 and the threshold 0.649."""
+    mean = np.array([0.125, -0.125, 0, 0.125, -0.125, height, -0.125, 0.125, 0, -0.125, 0.125])
+    assert suggest_window(mean).spikes == spikes
+
+
 def test_without_a_spike_the_window_is_the_whole_network() -> None:
     for mean in (np.zeros(11), -0.7 * np.arange(11), np.where(np.arange(11) == 4, 0.09, 0.0)):
         found = suggest_window(mean)
