@@ -247,5 +247,25 @@ def correlate(
     raise typer.Exit(run(request))
 
 
+@app.command()
+def layers(
+    store: StoreOption = Path("scores.db"),
+    accuracies: Annotated[
+        list[Path] | None,
+        typer.Option(help="Tables of accuracies by arch: .csv, .jsonl, .json, .pth (Auto-Prox)."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Columns that are accuracies, with commas between; found by name.")] = "",
+    context: Annotated[str, typer.Option(help="Settings, by the first characters of their id; the newest.")] = "",
+    output: Annotated[
+        Path, typer.Option(help="The folder of layers.json, and of layers.png, also by number of layers.")
+    ] = Path("layers"),
+    as_json: JsonOption = False,
+) -> None:
+    """Shows where in depth gradients vary, suggests a window, and ranks every window by accuracies."""
+    from .layers import Request, run
+
+    run(Request(store, context, accuracies or [], _listed(tasks), output, as_json))
+
+
 def _listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -22,16 +22,12 @@ _WIDTH_IN_A_PIPE = 160
 def show_top(store: Path, n: int, context: str, by: str, *, as_json: bool) -> None:
     """Prints the `n` best candidates of the settings whose id begins with `context`, the newest by default."""
     with Store(store, read_only=True) as opened:
-        by_context = {run.context: run for run in opened.runs() if run.candidates}
-        chosen = [run for run in by_context.values() if run.context.startswith(context)]
-        if not chosen:
-            raise InputError(f"{store} holds no scores{f' with settings {context}' if context else ''}")
-        if context and len(chosen) > 1:
-            raise InputError(f"{len(chosen)} settings begin with {context}; give more characters of the id")
-        best = opened.top(n, chosen[-1].context, by=by)
+        chosen = chosen_run(opened, context)
+        by_context = _by_context(opened)
+        best = opened.top(n, chosen.context, by=by)
         if not best and by != "lswag":
-            kept = ", ".join(p["name"] for p in chosen[-1].metadata["options"].get("proxies", ())) or "lswag"
-            raise InputError(f"{store} holds no values of {by!r} with settings {chosen[-1].context[:8]}, but of {kept}")
+            kept = ", ".join(p["name"] for p in chosen.metadata["options"].get("proxies", ())) or "lswag"
+            raise InputError(f"{store} holds no values of {by!r} with settings {chosen.context[:8]}, but of {kept}")
     if as_json:
         for record in best:
             print(json.dumps(record.to_dict(layers=False)))
@@ -40,7 +36,17 @@ def show_top(store: Path, n: int, context: str, by: str, *, as_json: bool) -> No
     if len(by_context) > 1:
         print("The store holds several settings, whose scores are not comparable; choose with --context:")
         for run in by_context.values():
-            print(f"  {_settings(run)}{'  (shown)' if run is chosen[-1] else ''}")
+            print(f"  {_settings(run)}{'  (shown)' if run.context == chosen.context else ''}")
+
+
+def chosen_run(store: Store, context: str) -> Run:
+    """Returns the run whose settings have an id that begins with `context`, the newest one by default."""
+    chosen = [run for run in _by_context(store).values() if run.context.startswith(context)]
+    if not chosen:
+        raise InputError(f"{store.path} holds no scores{f' with settings {context}' if context else ''}")
+    if context and len(chosen) > 1:
+        raise InputError(f"{len(chosen)} settings begin with {context}; give more characters of the id")
+    return chosen[-1]
 
 
 def ranking(records: Sequence[Record], by: str = "lswag") -> None:
@@ -123,6 +129,11 @@ def show_checks(*, as_json: bool) -> int:
         else:
             print(f"{'ok' if check.ok else '--':3} {check.name:<12} {check.detail}")
     return 0 if any(check.ok for check in found if check.kind == "backend") else 1
+
+
+def _by_context(store: Store) -> dict[str, Run]:
+    """The last run of each context that has recorded something, oldest first."""
+    return {run.context: run for run in store.runs() if run.candidates}
 
 
 def _described(space: Any) -> dict[str, Any]:
