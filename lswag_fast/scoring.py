@@ -20,9 +20,9 @@ from .capture.probe import probe
 from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
-from .errors import InputError
+from .errors import InputError, ScoreError
 from .options import Numerator, Pooling, ScoreOptions
-from .proxies.lswag import LswagStatistics, percentile
+from .proxies.lswag import LswagStatistics, OperandsChangedError, percentile
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 
 Loss = Callable[[Any, Any], Tensor]
@@ -72,7 +72,8 @@ def score(
 
     Raises:
         InputError: the arguments do not fit the model or each other; nothing has been computed then.
-        ScoreError: a loss is not finite, or the model cannot be captured.
+        ScoreError: a loss is not finite, the model cannot be captured, or memory runs out, also with one weight at a
+            time.
     """
     options = ScoreOptions(
         groups=groups,
@@ -115,15 +116,36 @@ def score(
             labels = labels.to(resolved.device)
         probe(plan, sandbox, take(images, 2))
         plan.restrict(lambda i: window[0] <= percentile(i + 1, len(plan.layers)) <= window[1])
-        statistics = LswagStatistics(plan, resolved, samples)
-        assert resolved.groups is not None
-        losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
-        statistics.launch()
-        result = result_of(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
-        check_losses(losses)
+
+        def attempt(at_once: bool) -> LswagResult:
+            statistics = LswagStatistics(plan, resolved, samples, at_once=at_once)
+            assert resolved.groups is not None
+            losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics)
+            statistics.launch()
+            found = result_of(plan, statistics, resolved, options, [str(w.message) for w in caught], start)
+            check_losses(losses)
+            return found
+
+        result = _attempted(attempt)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
+
+
+def _attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
+    """Returns what an attempt gives; where it fails for what it keeps until the end, the next keeps one weight."""
+    try:
+        return attempt(False)
+    except (torch.OutOfMemoryError, OperandsChangedError):
+        pass  # what the first attempt holds is free once the error is
+    torch.cuda.empty_cache()
+    try:
+        return attempt(True)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    raise ScoreError(
+        f"out of memory, also with one weight at a time: {reason}; score fewer images, or in dtype='bfloat16'"
+    )
 
 
 def check_images(images: Tensor, device: str) -> None:

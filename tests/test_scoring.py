@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import lswag_fast
-from lswag_fast import InputError
+from lswag_fast import InputError, scoring
+from lswag_fast.capture import Layer, Plan
 from lswag_fast.errors import ScoreError
+from lswag_fast.options import ScoreOptions
+from lswag_fast.proxies import lswag
 
 
 class Watched(nn.Module):
@@ -246,3 +249,80 @@ def test_a_score_that_is_not_finite_names_the_layer() -> None:
 
     result = lswag_fast.score(Model(), images())
     assert any("not finite" in warning and "mlp.2.weight" in warning for warning in result.warnings)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Lets an op run out of memory so many times; returns its calls."""
+    calls: list[int] = []
+    op = lswag.gradient_moments
+
+    def moments(*given: Any, **options: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+        return op(*given, **options)
+
+    monkeypatch.setattr(lswag, "gradient_moments", moments)
+    return calls
+
+
+def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = networks.Attention()
+    expected = lswag_fast.score(model, images(), dtype="float32")
+    attempts: list[bool] = []
+    statistics = scoring.LswagStatistics
+
+    def recorded(*given: Any, at_once: bool) -> lswag.LswagStatistics:
+        attempts.append(at_once)
+        return statistics(*given, at_once=at_once)
+
+    monkeypatch.setattr(scoring, "LswagStatistics", recorded)
+    calls = short_of_memory(monkeypatch, times=1)
+    got = lswag_fast.score(model, images(), dtype="float32")
+    assert (got.lswag, got.layers) == (expected.lswag, expected.layers)
+    assert attempts == [False, True]
+    assert len(calls) == 1 + len(got.layers)
+
+
+def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = short_of_memory(monkeypatch, times=2)
+    message = r"one weight at a time: CUDA out of memory\. Tried to allocate 2\.00 GiB\.; score fewer images"
+    with pytest.raises(ScoreError, match=message):
+        lswag_fast.score(networks.Attention(), images(), dtype="float32")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("side", ["inputs", "output_grads", None])
+def test_operands_that_change_before_the_launch_are_found(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(lswag, "launch_gradient_moments", launched.append)
+    plan = Plan([], [], [], [], None, (), 0, 0)
+    statistics = lswag.LswagStatistics(plan, ScoreOptions(device="cpu").resolved(4), 4)
+    # A device of another kind than the CPU keeps operands.
+    operands = {name: torch.zeros(4, 3, 2, device="meta") for name in ("inputs", "output_grads")}
+    statistics.weight(Layer("fc.weight", 4, 0, [0]), [operands["inputs"]], [operands["output_grads"]], None)
+    if side is None:
+        statistics.launch()
+        assert len(launched[0]) == 1
+        return
+    operands[side].mul_(2)
+    with pytest.raises(lswag.OperandsChangedError, match=r"of fc\.weight changed in place"):
+        statistics.launch()
+    assert not launched
+
+
+def test_operands_that_change_before_the_launch_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = networks.Attention()
+    expected = lswag_fast.score(model, images(), dtype="float32")
+    attempts: list[int] = []
+    launch = lswag.LswagStatistics.launch
+
+    def changed_at_first(self: lswag.LswagStatistics) -> None:
+        attempts.append(1)
+        if not self._at_once:
+            raise lswag.OperandsChangedError("changed")
+        launch(self)
+
+    monkeypatch.setattr(lswag.LswagStatistics, "launch", changed_at_first)
+    assert lswag_fast.score(model, images(), dtype="float32").lswag == expected.lswag
+    assert len(attempts) == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ..capture import Activation, Layer, Plan
+from ..errors import ScoreError
 from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
 from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
@@ -17,9 +19,18 @@ SATURATED = 0.95
 """The share of a bound of Psi above which a result says that Psi ranks little but that bound."""
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns how often each tensor was written to in place; inference tensors do not say."""
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
 def percentile(number: int, count: int) -> int:
     """Returns the percentile of depth of layer `number` (from 1) of `count` (equation 6)."""
     return 10 * int((number / count * 100) // 10)
+
+
+class OperandsChangedError(ScoreError):
+    """The model worked in place on a tensor that was kept for the grouped launch; `at_once` keeps none."""
 
 
 class LswagStatistics:
@@ -46,6 +57,7 @@ class LswagStatistics:
         self._words: dict[int, Tensor] = {}
         self._at_once = at_once
         self._problems: dict[str, MomentProblem] = {}
+        self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
         self._counts: Tensor | None = None
 
@@ -76,6 +88,7 @@ class LswagStatistics:
             self._moments[layer.name] = gradient_moments(inputs, output_grads, self._groups, convolution=convolution)
         else:
             self._problems[layer.name] = MomentProblem(inputs, output_grads, self._groups, convolution)
+            self._versions[layer.name] = _versions((*inputs, *output_grads))
 
     def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Adds the gradient of one more group to the moments of a weight on the slow path."""
@@ -84,7 +97,14 @@ class LswagStatistics:
         self._accumulators[layer.name].add(gradient)
 
     def launch(self) -> None:
-        """Starts what takes all layers together, once they are all here, without waiting for a device."""
+        """Starts what takes all layers together, once they are all here, without waiting for a device.
+
+        Raises:
+            OperandsChangedError: what a layer was reduced to would not be that of its operands as they were captured.
+        """
+        for name, problem in self._problems.items():
+            if _versions((*problem.inputs, *problem.output_grads)) != self._versions[name]:
+                raise OperandsChangedError(f"inputs or output gradients of {name} changed in place after their capture")
         words = [self._words[a.call] for a in self._plan.activations if a.call in self._words]
         if words:
             self._counts = count_patterns_device(words, self._pattern_samples)
