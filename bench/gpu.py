@@ -19,8 +19,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,37 +31,18 @@ import measure
 import per_sample_gradients
 import torch
 import torch.nn.functional as F
+from gpu_cases import MIDDLE, Case, cases, depthwise_cases
 from original_autoformer import original_candidate
 from torch import Tensor
 
 from lswag_fast import images, spaces
 from lswag_fast.correlation import kendall_tau
 from lswag_fast.engine.autoformer import AutoFormerEngine
-from lswag_fast.ops.activation_patterns import activate_and_pack, count_patterns_device, hamming_kernel, pack_signs
-from lswag_fast.ops.gelu import activation_backward
-from lswag_fast.ops.gradient_moments_grouped import MomentProblem, launch_gradient_moments
-from lswag_fast.ops.layer_norm import NormalisedSum
-from lswag_fast.ops.relative_attention import relative_attention
 from lswag_fast.options import ScoreOptions
-from lswag_fast.spaces.autoformer_module import HEAD_DIM, mlp_width
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = {"correctness": 160, "score": 100, "kernels": 60, "peers": 40, "memory checker": 50}
 """Seconds a step may take; with the build they are eight minutes."""
-MIDDLE = {
-    name: {
-        "embed_dim": embed,
-        "depth": depth,
-        "num_heads": [heads[layer % len(heads)] for layer in range(depth)],
-        "mlp_ratio": [ratios[layer % len(ratios)] for layer in range(depth)],
-    }
-    for name, embed, depth, heads, ratios in (
-        ("autoformer-tiny", 216, 13, (3, 4), (3.5, 4.0)),
-        ("autoformer-small", 384, 13, (5, 6, 7), (3.0, 3.5, 4.0)),
-        ("autoformer-base", 576, 15, (9, 10), (3.0, 3.5, 4.0)),
-    )
-}
-"""The middle candidate of each space."""
 ROUNDS = 20
 PRODUCT = 8192
 COPY_BYTES = 2**32
@@ -307,8 +287,9 @@ def kernels_step(rows: Rows) -> None:
     """Finds the time of every kernel at the shapes of each middle candidate, and its share of its floor."""
     peaks = rates()
     rows.add(peaks, "rates")
-    for name in MIDDLE:
-        for case in cases(MIDDLE[name], samples=64):
+    subjects: dict[str, Iterator[Case]] = {name: cases(MIDDLE[name], samples=64) for name in MIDDLE}
+    for name, of_subject in {**subjects, "convolutions": depthwise_cases(samples=64)}.items():
+        for case in of_subject:
             sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
             row = timed(rotating([case.make() for _ in range(sets)]))
             products = case.flops / peaks["bfloat16_flops_per_second"]
@@ -321,88 +302,6 @@ def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """Returns a call of each in turn: operands that were read a moment ago would lie in the cache."""
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel at one shape; `make` draws operands and returns a call."""
-
-    name: str
-    make: Callable[[], Callable[[], Any]]
-    flops: float
-    bytes: float
-
-
-def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[Case]:
-    embed, heads, ratios = arch["embed_dim"], arch["num_heads"], arch["mlp_ratio"]
-    rows, wide = samples * tokens, mlp_width(embed, max(ratios))
-    narrow, values = rows * embed, rows * wide
-    inner = HEAD_DIM * max(heads)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(samples, *shape, device="cuda", dtype=torch.bfloat16)
-
-    def norm() -> NormalisedSum:
-        weight, bias = drawn(embed)[0], drawn(embed)[0]
-        return NormalisedSum.of(drawn(tokens, embed), drawn(tokens, embed), weight, bias)
-
-    def adding_norm() -> Callable[[], Any]:
-        return partial(NormalisedSum.of, drawn(tokens, embed), drawn(tokens, embed), drawn(embed)[0], drawn(embed)[0])
-
-    def attention(*, backward: bool) -> Callable[[], Any]:
-        qkv = drawn(tokens, 3 * inner).requires_grad_(backward)
-        tables = [torch.randn(30, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-        given = {"heads": max(heads), "grid": (14, 14)}
-        call = partial(relative_attention, qkv, (tables[0], tables[1]), (tables[2], tables[3]), **given)
-        if not backward:
-            return call
-        return partial(torch.autograd.grad, call(), qkv, drawn(tokens, inner), retain_graph=True)
-
-    yield Case("GELU and packing", lambda: partial(activate_and_pack, drawn(tokens, wide), "gelu"), 0, values * 4.125)
-    yield Case(
-        "GELU backward",
-        lambda: partial(activation_backward, drawn(tokens, wide), drawn(tokens, wide), "gelu"),
-        0,
-        values * 6,
-    )
-    yield Case("sum and LayerNorm", adding_norm, 0, narrow * 8)
-    yield Case(
-        "sum and LayerNorm, backward",
-        lambda: partial(norm().backward, drawn(tokens, embed), drawn(tokens, embed)),
-        0,
-        narrow * 8,
-    )
-    products = samples * max(heads) * tokens * tokens * HEAD_DIM
-    yield Case("attention", partial(attention, backward=False), 4 * products, rows * inner * 8)
-    yield Case("attention, backward", partial(attention, backward=True), 10 * products, rows * inner * 16)
-    for count in (16, 24, 64):
-        positions = sum(tokens * mlp_width(embed, ratio) for ratio in ratios)
-        yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8)
-    yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
-    shapes = [
-        shape
-        for h, ratio in zip(heads, ratios, strict=True)
-        for shape in (
-            *((3 * HEAD_DIM * h, embed), (embed, HEAD_DIM * h)),
-            *((mlp_width(embed, ratio), embed), (embed, mlp_width(embed, ratio))),
-        )
-    ]
-    yield Case(
-        "gradient moments, all Linear layers but the head",
-        lambda: partial(
-            launch_gradient_moments, [MomentProblem(drawn(tokens, i), drawn(tokens, o), samples) for o, i in shapes]
-        ),
-        sum(2 * rows * o * i for o, i in shapes),
-        sum(2 * rows * (o + i) for o, i in shapes),
-    )
-
-
-def _counting(arch: Mapping[str, Any], samples: int, tokens: int, *, hamming: bool = False) -> Callable[[], Any]:
-    words = [
-        pack_signs(torch.randn(samples, tokens, mlp_width(arch["embed_dim"], ratio), device="cuda"))
-        for ratio in arch["mlp_ratio"]
-    ]
-    return partial(hamming_kernel if hamming else count_patterns_device, words, samples)
 
 
 STEPS: dict[str, Callable[[Rows], None]] = {"score": score_step, "kernels": kernels_step, "peers": peers_step}

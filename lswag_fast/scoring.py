@@ -20,7 +20,7 @@ from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .clock import Clock
-from .errors import InputError
+from .errors import InputError, ScoreError
 from .losses import CrossEntropy, class_labels
 from .options import Numerator, Pooling, ScoreOptions
 from .proxies import registry
@@ -30,7 +30,7 @@ from .proxies.evidence import Evidence
 from .proxies.network import Network
 from .proxies.proxy import Proxy
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
-from .proxies.statistics import PassStatistics
+from .proxies.statistics import OperandsChangedError, PassStatistics
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -82,7 +82,8 @@ def score(
 
     Raises:
         InputError: the arguments do not fit the model or each other; nothing has been computed then.
-        ScoreError: a loss is not finite, or the model cannot be captured.
+        ScoreError: a loss is not finite, the model cannot be captured, or memory runs out, also with one weight at a
+            time.
     """
     options = ScoreOptions(
         groups=groups,
@@ -128,16 +129,36 @@ def score(
             labels = labels.to(resolved.device)
         with clock("trace"):
             probe(plan, sandbox, take(images, 2))
-        network = Network(sandbox, plan.copy(), images, labels, loss_or_default, seed, clock)
-        statistics = PassStatistics(plan, resolved, samples, clock, parameters=sandbox.parameters)
-        assert resolved.groups is not None
-        losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
-        statistics.launch()
-        scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
-        result = scored.result(options, caught, start)
+
+        def attempt(at_once: bool) -> LswagResult:
+            network = Network(sandbox, plan.copy(), images, labels, loss_or_default, seed, clock)
+            statistics = PassStatistics(plan, resolved, samples, clock, parameters=sandbox.parameters, at_once=at_once)
+            assert resolved.groups is not None
+            losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
+            statistics.launch()
+            scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
+            return scored.result(options, caught, start)
+
+        result = _attempted(attempt)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
+
+
+def _attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
+    """Returns what an attempt gives; where it fails for what it keeps until the end, the next keeps one weight."""
+    try:
+        return attempt(False)
+    except (torch.OutOfMemoryError, OperandsChangedError):
+        pass  # what the first attempt holds is free once the error is
+    torch.cuda.empty_cache()
+    try:
+        return attempt(True)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    raise ScoreError(
+        f"out of memory, also with one weight at a time: {reason}; score fewer images, or in dtype='bfloat16'"
+    )
 
 
 def check_images(images: Tensor, device: str) -> None:

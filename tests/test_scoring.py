@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 import lswag_fast
-from lswag_fast import InputError
+from lswag_fast import InputError, scoring
+from lswag_fast.capture import Layer, Plan
+from lswag_fast.clock import Clock
 from lswag_fast.errors import ScoreError
+from lswag_fast.options import ScoreOptions
+from lswag_fast.proxies import statistics
 
 
 class Watched(nn.Module):
@@ -246,3 +250,81 @@ def test_a_score_that_is_not_finite_names_the_layer() -> None:
 
     result = lswag_fast.score(Model(), images())
     assert any("not finite" in warning and "mlp.2.weight" in warning for warning in result.warnings)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Lets an op run out of memory so many times; returns its calls."""
+    calls: list[int] = []
+    op = statistics.gradient_moments
+
+    def moments(*given: Any, **options: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+        return op(*given, **options)
+
+    monkeypatch.setattr(statistics, "gradient_moments", moments)
+    return calls
+
+
+def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = networks.Attention()
+    expected = lswag_fast.score(model, images(), dtype="float32")
+    attempts: list[bool] = []
+    original = scoring.PassStatistics
+
+    def recorded(*given: Any, at_once: bool, **options: Any) -> statistics.PassStatistics:
+        attempts.append(at_once)
+        return original(*given, at_once=at_once, **options)
+
+    monkeypatch.setattr(scoring, "PassStatistics", recorded)
+    calls = short_of_memory(monkeypatch, times=1)
+    got = lswag_fast.score(model, images(), dtype="float32")
+    assert (got.lswag, got.layers) == (expected.lswag, expected.layers)
+    assert attempts == [False, True]
+    assert len(calls) == 1 + len(got.layers)
+
+
+def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = short_of_memory(monkeypatch, times=2)
+    message = r"one weight at a time: CUDA out of memory\. Tried to allocate 2\.00 GiB\.; score fewer images"
+    with pytest.raises(ScoreError, match=message):
+        lswag_fast.score(networks.Attention(), images(), dtype="float32")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("side", ["inputs", "output_grads", None])
+def test_operands_that_change_before_the_launch_are_found(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(statistics, "launch_gradient_moments", launched.append)
+    plan = Plan([], [], [], [], None, (), 0, 0)
+    kept = statistics.PassStatistics(plan, ScoreOptions(device="cpu").resolved(4), 4, Clock("cpu"))
+    # A device of another kind than the CPU keeps operands.
+    operands = {name: torch.zeros(4, 3, 2, device="meta") for name in ("inputs", "output_grads")}
+    layer, weight = Layer("fc.weight", 4, 0, [0]), torch.zeros(2, 2, device="meta")
+    kept.weight(layer, [operands["inputs"]], [operands["output_grads"]], None, weight)
+    if side is None:
+        kept.launch()
+        assert len(launched[0]) == 1
+        return
+    operands[side].mul_(2)
+    with pytest.raises(statistics.OperandsChangedError, match=r"of fc\.weight changed in place"):
+        kept.launch()
+    assert not launched
+
+
+def test_operands_that_change_before_the_launch_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = networks.Attention()
+    expected = lswag_fast.score(model, images(), dtype="float32")
+    attempts: list[int] = []
+    launch = statistics.PassStatistics.launch
+
+    def changed_at_first(self: statistics.PassStatistics) -> None:
+        attempts.append(1)
+        if not self._at_once:
+            raise statistics.OperandsChangedError("changed")
+        launch(self)
+
+    monkeypatch.setattr(statistics.PassStatistics, "launch", changed_at_first)
+    assert lswag_fast.score(model, images(), dtype="float32").lswag == expected.lswag
+    assert len(attempts) == 2

@@ -1,9 +1,9 @@
 """Moments over groups of samples of weight gradients g_k = sum over n in group k of d_n^T a_n, of many weights at once.
 
-Three launches: `largest_magnitudes` finds the scale of every problem, `moments_of_tiles` (or `moments_of_windows`)
-works through the tiles of all problems with a fixed grid of programs, `sums_of_tiles` adds the tiles' sums up in
-float64, problem by problem, in the order of the tiles. No float atomics: a problem has the same bits whatever else
-shares its launch. No g is ever stored; the memory used is 40 bytes a tile.
+Three launches: `largest_magnitudes` finds the scale of every problem, `moments_of_tiles` (or `moments_of_windows`, or
+`moments_of_depthwise`) works through the tiles of all problems with a fixed grid of programs, `sums_of_tiles` adds the
+tiles' sums up in float64, problem by problem, in the order of the tiles. No float atomics: a problem has the same bits
+whatever else shares its launch. No g is ever stored; the memory used is 40 bytes a tile, 88 where SIGNED.
 
 Cost of a weight [O, I] over S samples of T rows: 2 * S * T * O * I FLOP; S * T * (O / BO * I + I / BI * O) elements
 read, of which those beyond S * T * (O + I) come from the L2 cache, since the tiles in flight share their operands.
@@ -21,7 +21,9 @@ sm_90 (all of it in tests/kernels/resources.json):
   table; what the end of a tile needs is read again there (volatile);
 - one reduction of five values at the end, rsqrt for square root and division: 236 registers and no spill, against 255
   and 26 words spilled;
-- 8 warps for windows: their addresses and masks spill with 4.
+- 8 warps for windows: their addresses and masks spill with 4;
+- signed moments are three values a weight more, and the addresses of maps two, so where either is asked for tiles have
+  half the weights or fewer: with maps, 128 x 128 spills 1557 times.
 
 The compiler knows alignment because widths, strides and pointers are in the table in units of UNIT elements, and
 pointers are marked; without either, loads are scalar and the software pipeline is silently left out. TF32 on sm_90

@@ -1,7 +1,7 @@
 """Tile shapes of the gradient-moments kernels: committed, not searched for when a program starts.
 
 Chosen by what compiles without a spill (tests/kernels/resources.json) and then by intensity; not yet timed on a GPU.
-`gradient_moments_launch.time_tiles` times others.
+`python bench/tune_tiles.py` times others.
 """
 
 from __future__ import annotations

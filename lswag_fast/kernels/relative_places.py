@@ -11,20 +11,36 @@ one addend of each kind, and only the tile itself is rounded to the operands' dt
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+_KEPT: dict[tuple[tuple[int, int], int, torch.dtype, torch.device], Tensor] = {}
 
-@lru_cache(maxsize=64)
+
 def indicator(grid: tuple[int, int], places: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns [1 + rows*columns, 2*places]: 1 at the two places of each token, 0 elsewhere.
 
     Kernels load its blocks like those of keys: worked out in a kernel, the comparisons cost it 30 registers.
+
+    Any stream and any CUDA graph may read it: it is kept until the process ends, so its memory never becomes another
+    tensor's while a stream still reads it, and before it is kept the host waits, once a shape, until it is written.
+    While a graph is captured nothing may wait: one made then belongs to that graph, which writes it in every replay.
     """
+    key = (grid, places, dtype, device)
+    if key in _KEPT:
+        return _KEPT[key]
+    made = _indicator(grid, places, dtype, device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return made
+            torch.cuda.current_stream().synchronize()
+    return _KEPT.setdefault(key, made)
+
+
+def _indicator(grid: tuple[int, int], places: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     token = torch.arange(1 + grid[0] * grid[1], device=device)[:, None]
     place = torch.arange(2 * places, device=device)
     row = torch.where(token == 0, 0, 1 + (token - 1) // grid[1])

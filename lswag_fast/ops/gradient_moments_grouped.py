@@ -12,12 +12,18 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import InputError
-from .gradient_moments import Convolution, GradientMoments, checked, gradient_moments, reduced
+from .gradient_moments import Convolution, GradientMoments, gradient_moments, reduced
+from .gradient_moments_checks import checked, listed
 
 if TYPE_CHECKING:
-    from ..kernels.gradient_moments_launch import Weight
+    from ..kernels.gradient_moments_launch import Placed
+    from ..kernels.gradient_moments_layout import Layout
 
 _INFINITY_BITS = 0x7F800000
+_ALIGNMENT = 16
+"""Bytes that the kernels read at once where all pointers allow it: the remainder of a pointer is part of a layout."""
+_MOST_KINDS = 4096
+"""Of a search space a few dozen come up, each of about a kilobyte."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +72,35 @@ class PendingMoments:
         return self._done
 
 
-@dataclass(frozen=True)
-class _Problem:
-    weight: Weight
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """What is known of a problem from the layouts of its operands alone, which have been checked."""
+
+    layout: Layout
     shape: tuple[int, ...]
+    groups: int
+    group_size: int
+    copied: bool
+    """Whether tokens of an operand span several dimensions that only a copy merges."""
+
+
+_KINDS: dict[tuple[Any, ...], _Kind] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    kind: _Kind
+    weight: Placed
 
     def moments(self, row: Sequence[float]) -> GradientMoments:
-        weight = self.weight
+        kind, signed = self.kind, self.kind.layout.form.signed
         sums = _all_or_nan(row[:5])
-        if weight.signed:
-            *signed, signs = row[8:14]
-            sums += [*_all_or_nan(signed), signs]
-        samples, groups = len(weight.inputs[0]), weight.groups
-        maps = [] if weight.maps is None else [m.view(self.shape) for m in weight.maps]
-        numel = math.prod(self.shape)
-        return reduced(tuple(sums), int(row[5]), samples // groups, numel, groups, weight.signed, maps)
+        if signed:
+            *signed_sums, signs = row[8:14]
+            sums += [*_all_or_nan(signed_sums), signs]
+        maps = [] if self.weight.maps is None else [m.view(kind.shape) for m in self.weight.maps]
+        numel = math.prod(kind.shape)
+        return reduced(tuple(sums), int(row[5]), kind.group_size, numel, kind.groups, signed, maps)
 
 
 def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments:
@@ -96,20 +116,19 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     """
     if not problems:
         return PendingMoments([], [])
-    taken = [checked(p.inputs, p.output_grads, p.groups, p.convolution) for p in problems]
-    device = taken[0][0][0].device
-    for a, *_ in taken:
-        if a[0].device != device:
-            raise InputError(f"expected all problems on one device, got {device} and {a[0].device}")
-    if backends.implementation("gradient_moments", device.type) != "triton":
-        done = [
-            gradient_moments(a, d, groups, convolution=p.convolution, signed=p.signed, maps=p.maps)
-            for p, (a, d, groups, _) in zip(problems, taken, strict=True)
-        ]
-        return PendingMoments([], done)
-    from ..kernels.gradient_moments_launch import Weight
-
-    return PendingMoments([_problem(Weight, p, *found) for p, found in zip(problems, taken, strict=True)], [])
+    given = [(_tensors("inputs", p.inputs), _tensors("output_grads", p.output_grads)) for p in problems]
+    device = given[0][0][0].device
+    if backends.implementation("gradient_moments", device.type) == "triton":
+        launchable = [_problem(p, *operands) for p, operands in zip(problems, given, strict=True)]
+        _check_one_device(device, [p.weight.operands[0] for p in launchable])
+        return PendingMoments(launchable, [])
+    taken = [checked(*operands, p.groups, p.convolution) for p, operands in zip(problems, given, strict=True)]
+    _check_one_device(device, [a[0] for a, *_ in taken])
+    done = [
+        gradient_moments(a, d, groups, convolution=p.convolution, signed=p.signed, maps=p.maps)
+        for p, (a, d, groups, _) in zip(problems, taken, strict=True)
+    ]
+    return PendingMoments([], done)
 
 
 def gradient_moments_grouped(problems: Sequence[MomentProblem]) -> list[GradientMoments]:
@@ -117,7 +136,7 @@ def gradient_moments_grouped(problems: Sequence[MomentProblem]) -> list[Gradient
     return launch_gradient_moments(problems).finish()
 
 
-def _launch(weights: Sequence[Weight], *, every_element: bool):  # type: ignore[no-untyped-def]
+def _launch(weights: Sequence[Placed], *, every_element: bool):  # type: ignore[no-untyped-def]
     from ..kernels.gradient_moments_launch import launch
 
     return launch(weights, every_element=every_element)
@@ -135,19 +154,66 @@ def _all_or_nan(counted: Sequence[float]) -> list[float]:
     return [count, *(sums if all(map(math.isfinite, sums)) else [math.nan] * len(sums))]
 
 
-def _problem(
-    make: type[Weight], problem: MomentProblem, a: list[Tensor], d: list[Tensor], groups: int, shape: tuple[int, ...]
-) -> _Problem:
-    kept, maps = 5 if problem.signed else 2, None
+def _tensors(name: str, given: Any) -> list[Tensor]:
+    tensors = given if isinstance(given, (list, tuple)) else [given]
+    plain = [t for t in tensors if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_neg()]
+    return plain if len(plain) == len(tensors) > 0 else listed(name, given)
+
+
+def _check_one_device(device: torch.device, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.device != device:
+            raise InputError(f"expected all problems on one device, got {device} and {tensor.device}")
+
+
+def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor]) -> _Problem:
+    """Returns a problem as it is launched; it is checked where none with operands of these layouts has been."""
+    from ..kernels.gradient_moments_launch import Placed
+
+    layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % _ALIGNMENT, t.device) for t in (*a, *d)]
+    key = (len(a), *layouts, problem.groups, problem.convolution, problem.signed, problem.maps, problem.tf32)
+    kind = _KINDS.get(key)
+    if kind is None:
+        if len(_KINDS) >= _MOST_KINDS:
+            _KINDS.clear()
+        kind = _KINDS[key] = _kind(problem, a, d)
+    operands = [t for pair in zip(a, d, strict=True) for t in pair]
+    if kind.copied:
+        operands = [_line(t, None) for t in operands]
+    maps = None
     if problem.maps:
-        maps = torch.empty(kept, math.prod(shape), dtype=torch.float64, device=a[0].device)
-    asked: dict[str, Any] = {"tf32": problem.tf32, "signed": problem.signed, "maps": maps}
+        count = 5 if problem.signed else 2
+        maps = torch.empty(count, math.prod(kind.shape), dtype=torch.float64, device=a[0].device)
+    return _Problem(kind, Placed(kind.layout, operands, maps))
+
+
+def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor]) -> _Kind:
+    """Checks a problem and works out what its layouts say of it."""
+    from ..kernels.gradient_moments_launch import architecture_of
+    from ..kernels.gradient_moments_layout import Weight, layout_of
+
     c = problem.convolution
-    if c is None or _is_linear(c, a, d):
-        lines = [[_line(t, c) for t in tensors] for tensors in (a, d)]
-        return _Problem(make(lines[0], lines[1], groups, **asked), shape)
-    weight = make(a, d, groups, c.kernel_size, c.stride, c.padding, c.dilation, c.groups, **asked)
-    return _Problem(weight, shape)
+    inputs, output_grads, groups, shape = checked(a, d, problem.groups, c)
+    if c is None or _is_linear(c, inputs, output_grads):
+        inputs, output_grads = ([_line(t, c) for t in tensors] for tensors in (inputs, output_grads))
+        c = None
+    copied = any(view.data_ptr() != t.data_ptr() for view, t in zip((*inputs, *output_grads), (*a, *d), strict=True))
+    c = c or Convolution((1, 1))
+    weight = Weight(
+        inputs,
+        output_grads,
+        groups,
+        c.kernel_size,
+        c.stride,
+        c.padding,
+        c.dilation,
+        c.groups,
+        tf32=problem.tf32,
+        signed=problem.signed,
+        maps=problem.maps,
+    )
+    layout = layout_of(weight, architecture_of(a[0].device))
+    return _Kind(layout, shape, groups, len(a[0]) // groups, copied)
 
 
 def _is_linear(c: Convolution, a: list[Tensor], d: list[Tensor]) -> bool:
@@ -161,8 +227,5 @@ def _line(tensor: Tensor, convolution: Convolution | None) -> Tensor:
     """Returns [S, C, 1, T], a view wherever the tokens can be merged into one dimension."""
     if convolution is not None:
         return tensor.flatten(2).unsqueeze(2)
-    if tensor.ndim != 3:
-        tensor = tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
-    # One view rather than two: a candidate has a hundred operands.
-    (samples, tokens, channels), (sample, token, channel) = tensor.shape, tensor.stride()
-    return tensor.as_strided((samples, channels, 1, tokens), (sample, channel, 0, token))
+    tensor = tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    return tensor.transpose(1, 2).unsqueeze(2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..capture import Activation, Layer, Plan
 from ..clock import Clock
+from ..errors import ScoreError
 from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
 from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
@@ -25,6 +26,10 @@ SATURATED = 0.95
 def percentile(number: int, count: int) -> int:
     """Returns the percentile of depth of layer `number` (from 1) of `count` (equation 6 of L-SWAG)."""
     return 10 * int((number / count * 100) // 10)
+
+
+class OperandsChangedError(ScoreError):
+    """The model worked in place on a tensor that was kept for the grouped launch; `at_once` keeps none."""
 
 
 class PassStatistics:
@@ -75,6 +80,7 @@ class PassStatistics:
         self._words: dict[int, Tensor] = {}
         self._at_once = at_once
         self._problems: dict[str, MomentProblem] = {}
+        self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
         self._counts: Tensor | None = None
 
@@ -117,6 +123,7 @@ class PassStatistics:
                 self._problems[layer.name] = MomentProblem(
                     inputs, output_grads, self._groups, convolution, signed=signed
                 )
+                self._versions[layer.name] = _versions((*inputs, *output_grads))
         if Need.GRADIENT in self._needs:
             with self._clock(Need.GRADIENT.name):
                 gradient = _weight_gradient(inputs, output_grads, convolution, operand)
@@ -148,7 +155,14 @@ class PassStatistics:
             self._channels[layer.name] = found + self._channels.get(layer.name, 0)
 
     def launch(self) -> None:
-        """Starts what takes all layers together, once they are all here, without waiting for a device."""
+        """Starts what takes all layers together, once they are all here, without waiting for a device.
+
+        Raises:
+            OperandsChangedError: what a layer was reduced to would not be that of its operands as they were captured.
+        """
+        for name, problem in self._problems.items():
+            if _versions((*problem.inputs, *problem.output_grads)) != self._versions[name]:
+                raise OperandsChangedError(f"inputs or output gradients of {name} changed in place after their capture")
         with self._clock(Need.PATTERNS.name):
             words = [self._words[a.call] for a in self._counted_activations()]
             if words:
@@ -249,6 +263,11 @@ class PassStatistics:
             moments.mean_abs_gradient * share,
             layer.slow_reason,
         )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns how often each tensor was written to in place; inference tensors do not say."""
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _weight_gradient(

@@ -67,9 +67,9 @@ def operands(name: str, samples: int, dtypes: Sequence[torch.dtype] = (FP32, FP3
 @pytest.fixture(autouse=True)
 def nothing_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No depthwise convolution takes the kernel of general windows."""
-    from lswag_fast.kernels import gradient_moments_launch as launcher
+    from lswag_fast.kernels import gradient_moments_layout
 
-    monkeypatch.setattr(launcher, "moments_of_windows", None)
+    monkeypatch.setattr(gradient_moments_layout, "moments_of_windows", None)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -247,6 +247,39 @@ def test_a_problem_has_the_same_bits_whatever_shares_its_launch(device: torch.de
     assert pending.finish() == pending.finish() == [alone[n] for n in (0, 3, 0, 6)]
 
 
+def test_a_layout_seen_before_is_not_worked_out_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lswag_fast.ops import gradient_moments_grouped as grouped
+
+    monkeypatch.setattr(grouped, "_KINDS", {})
+    first = [gradient_moments_grouped([p])[0] for p in problems(device)]
+    kinds = len(grouped._KINDS)
+    assert kinds == len(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(grouped, "checked", None)
+        assert gradient_moments_grouped(problems(device)) == first
+        # Other values, and another order of them.
+        doubled = [MomentProblem(p.inputs, _doubled(p.output_grads), p.groups, p.convolution) for p in problems(device)]
+        for twice, once in zip(gradient_moments_grouped(doubled[::-1])[::-1], first, strict=True):
+            assert twice.mean_sigma == 2 * once.mean_sigma
+    assert len(grouped._KINDS) == kinds
+    # What differs in anything that a kernel looks at is another layout.
+    a, d = normal(0, 4, 5, 64).to(device, BF16), normal(1, 4, 5, 48).to(device, BF16)
+    moved = MomentProblem(a[..., 4:36], d[..., :32], 4)
+    aligned = MomentProblem(a[..., :32], d[..., :32], 4)
+    for problem in (aligned, moved, MomentProblem(a[..., :32], d[..., :32], 2), MomentProblem([a, a], [d, d], 4)):
+        gradient_moments_grouped([problem])
+    assert len(grouped._KINDS) == kinds + 4
+    with pytest.raises(InputError, match="divide S, got 3"):
+        launch_gradient_moments([MomentProblem(a, d, 3)])
+    monkeypatch.setattr(grouped, "_MOST_KINDS", kinds + 4)
+    gradient_moments_grouped([MomentProblem(a[:, 1:], d[:, 1:], 4)])
+    assert len(grouped._KINDS) == 1
+
+
+def _doubled(output_grads: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    return 2 * output_grads if isinstance(output_grads, Tensor) else [2 * d for d in output_grads]
+
+
 def test_the_cpu_kernels_take_the_same_problems(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     triton_moments = gradient_moments_grouped(problems(device))
     monkeypatch.setenv("LSWAG_BACKEND", "cpp")
@@ -264,23 +297,27 @@ def test_tf32_is_asked_for(device: torch.device) -> None:
     assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=2e-2)
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_memory_beside_the_operands_is_small_for_any_layer(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_beside_the_operands_is_small_for_any_layer(architecture: int, signed: bool) -> None:
     pytest.importorskip("triton")
-    from lswag_fast.kernels import gradient_moments_launch as launcher
+    from lswag_fast.kernels.gradient_moments_launch import Placed, workspace_bytes
+    from lswag_fast.kernels.gradient_moments_layout import Weight, layout_of
 
-    monkeypatch.setattr(launcher, "_architecture", lambda device: architecture)
     # One element stands for all: shapes and strides are looked at, nothing is launched.
     element = torch.zeros(1, dtype=torch.float32)
     for out, width, groups, kernel in [
         (640, 2560, 64, 1),
         (50304, 12288, 2, 1),
-        (46336, 46336, 2, 1),
+        (23168, 23168, 2, 1) if signed else (46336, 46336, 2, 1),
         (4096, 512, 2, 7),
     ]:
         a, d = (element.expand(64, channels, 8, 8) for channels in (width, out))
-        weight = launcher.Weight([a], [d], groups, (kernel, kernel))
-        assert launcher.workspace_bytes([weight]) < 64 * 2**20
+        layout = layout_of(Weight([a], [d], groups, (kernel, kernel), signed=signed), architecture)
+        assert workspace_bytes([Placed(layout, [a, d])]) < 64 * 2**20
+    huge = element.expand(64, 46336, 8, 8)
+    with pytest.raises(InputError, match=r"whose sums of tiles fit 60 MiB, got \[46336, 46336\] with signed = True"):
+        layout_of(Weight([huge], [huge], 2, signed=True), architecture)
 
 
 @pytest.mark.parametrize(
@@ -301,14 +338,14 @@ def test_bad_input_is_refused(device: torch.device, options: dict[str, object], 
 
 def test_samples_beyond_32_bit_offsets_are_refused() -> None:
     pytest.importorskip("triton")
-    from lswag_fast.kernels.gradient_moments_launch import Weight, launch
+    from lswag_fast.kernels.gradient_moments_layout import Weight, layout_of
 
     near, far = (torch.empty_strided((8, 4, 1, 3), (0, 1, 1, s), device="meta") for s in (2**20, 2**25))
     wide = torch.empty(1, device="meta").expand(8, 2**16, 1, 3)
     with pytest.raises(InputError, match=r"inputs whose samples span fewer than 2\^31 elements"):
-        launch([Weight([far], [near], 8)])
+        layout_of(Weight([far], [near], 8), 90)
     with pytest.raises(InputError, match=r"a weight of fewer than 2\^31 elements"):
-        launch([Weight([wide], [wide], 8)])
+        layout_of(Weight([wide], [wide], 8), 90)
 
 
 def test_problems_on_several_devices_are_refused(device: torch.device) -> None:

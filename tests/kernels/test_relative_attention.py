@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,3 +190,25 @@ def test_per_sample_gradients_by_vmap(device):
 def test_the_package_does_not_import_triton():
     code = "import sys, lswag_fast.capture; sys.exit('lswag_fast.kernels' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_indicator_is_kept_once_written_and_not_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lswag_fast.kernels import relative_places
+
+    waits = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(1))
+    capturing = [True]
+    monkeypatch.setattr(relative_places, "_KEPT", {})
+    monkeypatch.setattr(relative_places, "_indicator", lambda *given: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    shape = ((2, 2), 4, torch.float32, torch.device("cuda", 0))
+    of_graph = relative_places.indicator(*shape)
+    assert of_graph is not relative_places.indicator(*shape)
+    assert not waits
+    capturing[0] = False
+    kept = relative_places.indicator(*shape)
+    capturing[0] = True
+    assert relative_places.indicator(*shape) is kept
+    assert waits == [1]

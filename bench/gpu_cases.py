@@ -1,0 +1,163 @@
+"""The kernels at the shapes that bench/gpu.py times: each with what it multiplies and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lswag_fast.ops.activation_patterns import activate_and_pack, count_patterns_device, hamming_kernel, pack_signs
+from lswag_fast.ops.gelu import activation_backward
+from lswag_fast.ops.gradient_moments import Convolution
+from lswag_fast.ops.gradient_moments_grouped import MomentProblem, launch_gradient_moments
+from lswag_fast.ops.layer_norm import NormalisedSum
+from lswag_fast.ops.relative_attention import relative_attention
+from lswag_fast.spaces.autoformer_module import HEAD_DIM, mlp_width
+
+MIDDLE = {
+    name: {
+        "embed_dim": embed,
+        "depth": depth,
+        "num_heads": [heads[layer % len(heads)] for layer in range(depth)],
+        "mlp_ratio": [ratios[layer % len(ratios)] for layer in range(depth)],
+    }
+    for name, embed, depth, heads, ratios in (
+        ("autoformer-tiny", 216, 13, (3, 4), (3.5, 4.0)),
+        ("autoformer-small", 384, 13, (5, 6, 7), (3.0, 3.5, 4.0)),
+        ("autoformer-base", 576, 15, (9, 10), (3.0, 3.5, 4.0)),
+    )
+}
+"""The middle candidate of each space."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one shape; `make` draws operands and returns a call."""
+
+    name: str
+    make: Callable[[], Callable[[], Any]]
+    flops: float
+    bytes: float
+
+
+def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[Case]:
+    embed, heads, ratios = arch["embed_dim"], arch["num_heads"], arch["mlp_ratio"]
+    rows, wide = samples * tokens, mlp_width(embed, max(ratios))
+    narrow, values = rows * embed, rows * wide
+    inner = HEAD_DIM * max(heads)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(samples, *shape, device="cuda", dtype=torch.bfloat16)
+
+    def norm() -> NormalisedSum:
+        weight, bias = drawn(embed)[0], drawn(embed)[0]
+        return NormalisedSum.of(drawn(tokens, embed), drawn(tokens, embed), weight, bias)
+
+    def adding_norm() -> Callable[[], Any]:
+        return partial(NormalisedSum.of, drawn(tokens, embed), drawn(tokens, embed), drawn(embed)[0], drawn(embed)[0])
+
+    def attention(*, backward: bool) -> Callable[[], Any]:
+        qkv = drawn(tokens, 3 * inner).requires_grad_(backward)
+        tables = [torch.randn(30, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        given = {"heads": max(heads), "grid": (14, 14)}
+        call = partial(relative_attention, qkv, (tables[0], tables[1]), (tables[2], tables[3]), **given)
+        if not backward:
+            return call
+        return partial(torch.autograd.grad, call(), qkv, drawn(tokens, inner), retain_graph=True)
+
+    yield Case("GELU and packing", lambda: partial(activate_and_pack, drawn(tokens, wide), "gelu"), 0, values * 4.125)
+    yield Case(
+        "GELU backward",
+        lambda: partial(activation_backward, drawn(tokens, wide), drawn(tokens, wide), "gelu"),
+        0,
+        values * 6,
+    )
+    yield Case("sum and LayerNorm", adding_norm, 0, narrow * 8)
+    yield Case(
+        "sum and LayerNorm, backward",
+        lambda: partial(norm().backward, drawn(tokens, embed), drawn(tokens, embed)),
+        0,
+        narrow * 8,
+    )
+    products = samples * max(heads) * tokens * tokens * HEAD_DIM
+    yield Case("attention", partial(attention, backward=False), 4 * products, rows * inner * 8)
+    yield Case("attention, backward", partial(attention, backward=True), 10 * products, rows * inner * 16)
+    for count in (16, 24, 64):
+        positions = sum(tokens * mlp_width(embed, ratio) for ratio in ratios)
+        yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8)
+    yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
+    shapes = linear_shapes(arch)
+
+    def moments(*, signed: bool) -> Callable[[], Any]:
+        problems = [MomentProblem(drawn(tokens, i), drawn(tokens, o), samples, signed=signed) for o, i in shapes]
+        return partial(launch_gradient_moments, problems)
+
+    for signed in (False, True):
+        yield Case(
+            "gradient moments, all Linear layers but the head" + ", signed" * signed,
+            partial(moments, signed=signed),
+            sum(2 * rows * o * i for o, i in shapes),
+            sum(2 * rows * (o + i) for o, i in shapes),
+        )
+
+
+def linear_shapes(arch: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Returns [O, I] of every Linear layer of a candidate but its head."""
+    embed = arch["embed_dim"]
+    return [
+        shape
+        for h, ratio in zip(arch["num_heads"], arch["mlp_ratio"], strict=True)
+        for shape in (
+            *((3 * HEAD_DIM * h, embed), (embed, HEAD_DIM * h)),
+            *((mlp_width(embed, ratio), embed), (embed, mlp_width(embed, ratio))),
+        )
+    ]
+
+
+DEPTHWISE = {
+    "depthwise convolutions of ConvNeXt-Tiny, 7 x 7": [(96, 56, 7, 1)] * 3
+    + [(192, 28, 7, 1)] * 3
+    + [(384, 14, 7, 1)] * 9
+    + [(768, 7, 7, 1)] * 3,
+    "depthwise convolutions of MobileNetV2, 3 x 3": [(32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 3, 2)]
+    + [(192, 28, 3, 1)] * 2
+    + [(192, 28, 3, 2)]
+    + [(384, 14, 3, 1)] * 4
+    + [(576, 14, 3, 1)] * 2
+    + [(576, 14, 3, 2)]
+    + [(960, 7, 3, 1)] * 3,
+}
+"""Channels, side of the input plane, kernel and stride of each layer, at 224 x 224."""
+
+
+def depthwise_cases(samples: int) -> Iterator[Case]:
+    def moments(layers: Sequence[tuple[int, int, int, int]]) -> Callable[[], Any]:
+        problems = []
+        for channels, side, kernel, stride in layers:
+            sides = (side, side // stride)
+            a, d = (torch.randn(samples, channels, n, n, device="cuda", dtype=torch.bfloat16) for n in sides)
+            half = kernel // 2
+            convolution = Convolution((kernel, kernel), (stride, stride), (half, half), groups=channels)
+            problems.append(MomentProblem(a, d, samples, convolution))
+        return partial(launch_gradient_moments, problems)
+
+    for name, layers in DEPTHWISE.items():
+        outputs = [samples * channels * (side // stride) ** 2 for channels, side, _, stride in layers]
+        yield Case(
+            f"gradient moments, {name}",
+            partial(moments, layers),
+            sum(2 * n * layer[2] ** 2 for n, layer in zip(outputs, layers, strict=True)),
+            sum(2 * n * (1 + layer[3] ** 2) for n, layer in zip(outputs, layers, strict=True)),
+        )
+
+
+def _counting(arch: Mapping[str, Any], samples: int, tokens: int, *, hamming: bool = False) -> Callable[[], Any]:
+    words = [
+        pack_signs(torch.randn(samples, tokens, mlp_width(arch["embed_dim"], ratio), device="cuda"))
+        for ratio in arch["mlp_ratio"]
+    ]
+    return partial(hamming_kernel if hamming else count_patterns_device, words, samples)
