@@ -150,7 +150,7 @@ def _percentiles(values: Any) -> Any:
 
 def _range(accuracy: Any) -> tuple[float, float]:
     """The range drawn: the lowest hundredth, often networks that did not train, would flatten all others."""
-    low, high = float(np.percentile(accuracy, 1)), float(accuracy.max())
+    low, high = float(np.sort(accuracy)[len(accuracy) // 100]), float(accuracy.max())
     margin = 0.05 * (high - low) or 1.0
     return low - margin, high + margin
 
