@@ -94,16 +94,19 @@ def scatter(study: TaskStudy) -> bytes:
     columns = min(3, len(best))
     figure, grid = _panels(math.ceil(len(best) / columns), columns, 3.3 if columns > 1 else 5.0, 2.7)
     size = max(2.0, min(14.0, 6000 / study.architectures))
+    opacity = 0.8 if study.architectures < 200 else 0.45
     for axes, row in zip(grid, best, strict=False):
         values = np.asarray(study.task.proxies[row.proxy])
         present = ~np.isnan(values).any(axis=0)
         places = np.mean([_percentiles(v) for v in values[:, present]], axis=0)
         colour = GREY if row.is_count else BLUE
-        axes.scatter(places, study.task.accuracy[present], s=size, color=colour, alpha=0.45, linewidths=0)
+        axes.scatter(places, study.task.accuracy[present], s=size, color=colour, alpha=opacity, linewidths=0)
         rho, partial = row.estimates["spearman"].value, row.estimates.get("partial")
         beyond = f", given counts {partial.value:.2f}" if partial and math.isfinite(partial.value) else ""
         axes.set_title(f"{row.proxy}: rho {rho:.2f}{beyond}", fontsize=9)
         axes.set_ylim(*_range(study.task.accuracy))
+        axes.set_xlim(-3, 103)
+        axes.tick_params(labelsize=8)
         axes.grid(linewidth=0.4)
     figure.supxlabel("ranking by the proxy, percentile (the highest value at 100)", fontsize=9)
     figure.supylabel(f"accuracy, {_short(study.task.name)}", fontsize=9)
@@ -147,7 +150,7 @@ def _percentiles(values: Any) -> Any:
 
 def _range(accuracy: Any) -> tuple[float, float]:
     """The range drawn: the lowest hundredth, often networks that did not train, would flatten all others."""
-    low, high = float(np.percentile(accuracy, 1)), float(accuracy.max())
+    low, high = float(np.sort(accuracy)[len(accuracy) // 100]), float(accuracy.max())
     margin = 0.05 * (high - low) or 1.0
     return low - margin, high + margin
 

@@ -15,11 +15,13 @@ from ..correlation import Floats
 from ..errors import InputError
 from ..records import Record
 from ..store import Run, Store
-from .joining import Scores
+from .joining import COUNTS, Scores
 from .tables import Arch
 
 _FROM_THE_SEED = ("images", "labels", "weights")
 _COUNTS = ("parameters", "multiply_adds", "sum_log_numel", "positions")
+_COUNT_OF = {"params": "parameters", "flops": "multiply_adds"}
+"""Proxies that are counts of the record under another name."""
 
 
 def is_store(path: Path) -> bool:
@@ -113,7 +115,9 @@ def _columns(keys: Sequence[str], repeats: Sequence[dict[str, Record]]) -> dict[
                     columns[name] = np.full((len(repeats), len(keys)), np.nan)
                 columns[name][repeat, place] = np.nan if value is None else value
     # A count depends on no seed: any repeat that holds the architecture tells it.
-    return {n: np.nanmax(v, axis=0, keepdims=True) if n in _COUNTS else v for n, v in columns.items()}
+    columns = {n: np.nanmax(v, axis=0, keepdims=True) if n in COUNTS else v for n, v in columns.items()}
+    twice = {n for n, count in _COUNT_OF.items() if n in columns and np.array_equal(columns[n], columns[count])}
+    return {name: values for name, values in columns.items() if name not in twice}
 
 
 def _values(record: Record) -> dict[str, float | None]:

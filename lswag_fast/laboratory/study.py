@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ STATISTICS = ("spearman", "kendall", "precision", "regret", "partial")
 _LARGE, _DRAWS, _DRAWS_OF_LARGE = 2000, 1000, 200
 _BLOCK = 2_000_000
 _NAMED = 3
+_ROWS_A_COUNT, _NEAR_ZERO = 10, 0.2
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def _with_accuracy(task: Task) -> Task:
     note = f"{len(absent)} architectures have no accuracy and are left out: {'; '.join(absent[:_NAMED])}{others}"
     archs = [arch for arch, kept in zip(task.archs, present, strict=True) if kept]
     proxies = {name: np.asarray(values)[:, present] for name, values in task.proxies.items()}
-    return Task(task.name, archs, task.accuracy[present], proxies, task.counts, (*task.notes, note))
+    notes = (*task.notes, note)
+    return replace(task, archs=archs, accuracy=task.accuracy[present], proxies=proxies, notes=notes)
 
 
 def _check(task: Task, top: int | None) -> None:
@@ -174,6 +176,9 @@ def _check(task: Task, top: int | None) -> None:
 
 def _studied(task: Task, names: Sequence[str], top: int, draws: int | None) -> TaskStudy:
     draws = draws or (_DRAWS if len(task.archs) <= _LARGE else _DRAWS_OF_LARGE)
+    if len(task.archs) < _ROWS_A_COUNT * (1 + len(task.counts)):
+        note = f"{len(task.archs)} architectures are few for partial correlations given {len(task.counts)} counts"
+        task = replace(task, notes=(*task.notes, f"{note}: read those with care"))
     rows: list[Row] = []
     by_presence: dict[bytes, list[str]] = {}
     for name in names:
@@ -299,5 +304,8 @@ def _readings(found: Mapping[str, Estimate], counts: Sequence[str]) -> list[str]
     if math.isnan(partial.value):
         said.append(f"ranks as its counts do: {given} determine its ranking")
     elif partial.low <= 0 <= partial.high:
-        said.append(f"ranks as its counts do: rho is {rho.value:.2f}, but {partial.value:.2f} given {given}")
+        near = abs(partial.value) < _NEAR_ZERO
+        reading = "ranks as its counts do" if near else "may know nothing beyond its counts"
+        interval = f"{partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]"
+        said.append(f"{reading}: rho is {rho.value:.2f}, but {interval} given {given}")
     return said

@@ -164,3 +164,13 @@ def test_without_matplotlib_the_extra_is_named(run: Run, monkeypatch: pytest.Mon
     code, _, err = run("toy.csv")
     assert code == 2
     assert "pip install 'lswag-fast[lab]'" in err
+
+
+def test_a_proxy_that_nothing_can_be_said_of_still_has_a_report(run: Run):
+    rows = "".join(f"a{place},{place},1,\n" for place in range(12))
+    Path("flat.csv").write_text("arch,acc,flat,empty\n" + rows)
+    code, out, _ = run("flat.csv", "--draws", "20")
+    assert code == 0
+    assert re.search(r"flat +constant", out)
+    assert re.search(r"empty +missing", out)
+    assert len([tag for tag, _ in Page(Path("correlations/report.html").read_text()).found if tag == "img"]) == 2

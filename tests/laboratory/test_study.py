@@ -164,6 +164,15 @@ def test_what_cannot_be_studied_is_refused(broken, arguments, message):
         study([broken(task())], **arguments)
 
 
+def test_few_architectures_for_the_counts_are_told():
+    toy = task()
+    assert not study([toy], draws=20)[0].task.notes
+    counts = {f"count {place}": np.roll(np.arange(N, dtype=float), 7 * place)[None] for place in range(6)}
+    many = replace(toy, proxies={**toy.proxies, **counts}, counts=("params", *counts))
+    (note,) = study([many], draws=20)[0].task.notes
+    assert note.startswith("60 architectures are few for partial correlations given 7 counts")
+
+
 def test_flat_rows_are_json_without_nan():
     (done,) = study([task(flat=np.zeros(N))], draws=20)
     data = json.loads(report.as_json([done]), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
