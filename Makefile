@@ -59,7 +59,7 @@ $(VENV)/.demo: $(NATIVE) | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.test: $(NATIVE) | $(VENV)/bin/pip
-	$(CONSTRAINED) -e '.[dev,gpu,parquet,photos]' -C cmake.define.LSWAG_WERROR=ON
+	$(CONSTRAINED) -e '.[dev,gpu,lab,parquet,photos]' -C cmake.define.LSWAG_WERROR=ON
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(NATIVE) | $(VENV)/bin/pip

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 
 import measure
 import numpy as np
+import study_tables
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from lswag_fast import Scorer, images
-from lswag_fast.correlation import Floats, bootstrap, partial_spearman, spearman
+from lswag_fast.correlation import Floats
+from lswag_fast.laboratory.study import Task, study
 from lswag_fast.records import Record
 from lswag_fast.spaces import NASBench201Space
 
@@ -36,7 +36,7 @@ REPEATS = 3
 SHARED = ("lswag", "zico", "swap", "nwot", "grad_norm", "snip", "l2_norm", "params", "flops")
 TRAINING, EVAL = "two mini-batches", "G = S, eval mode"
 ACCURACIES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "ImageNet16-120": "ImageNet16-120"}
-GIVEN = ("sum of log numel", "positions", "parameters")
+COUNTS = ("sum of log numel", "positions", "parameters")
 PAPER = {
     "mu / sigma": (0.75, 0.80, 0.78),
     "1 / sigma x Psi": (0.79, 0.82, 0.80),
@@ -83,7 +83,7 @@ def trainability(record: Record, numerator: str, window: tuple[int, int]) -> flo
 
 
 def predictors(records: Sequence[Record], window: tuple[int, int]) -> dict[str, list[float]]:
-    """Returns the rows of table 3, other proxies and the counts: a value a cell."""
+    """Returns the rows of table 3, other proxies and the counts: a value a cell, NaN where it failed."""
     columns: dict[str, Callable[[Record], float]] = {}
     for numerator in ("mu", "1"):
         for place, chosen in (("", (0, 100)), (", window", window)):
@@ -93,97 +93,33 @@ def predictors(records: Sequence[Record], window: tuple[int, int]) -> dict[str, 
                 return trainability(record, n, w)
 
             columns[name + place] = value
-            # Psi over the whole network: no window of the study ends before the last activation.
+            # Psi of the whole network in both: windows are chosen to end behind the last activation.
             columns[f"{name} x Psi{place}"] = lambda r, value=value: value(r) * (r.expressivity or 0)
     columns |= {
-        name: lambda r, key=key: _number(r.proxies.get(key))
+        name: lambda r, key=key: study_tables.number(r.proxies.get(key))
         for name, key in (("SWAP", "swap"), ("NWOT", "nwot"), ("grad norm", "grad_norm"), ("SNIP", "snip"))
     }
     columns |= {
         "sum of log numel": lambda r: r.counts.sum_log_numel if r.counts else math.nan,
         "positions": lambda r: r.counts.positions if r.counts else math.nan,
         "parameters": lambda r: r.counts.parameters if r.counts else math.nan,
-        "multiply-adds": lambda r: r.counts.multiply_adds if r.counts else math.nan,
     }
-    return {name: [value(r) for r in records] for name, value in columns.items()}
+    return {name: [value(r) if r.status == "ok" else math.nan for r in records] for name, value in columns.items()}
 
 
-def correlation(values: Floats, accuracy: Floats, given: Sequence[Floats] = ()) -> dict[str, Any]:
-    """Returns rho of [repeats, cells] with [cells]: mean over repeats, its interval over cells, and each repeat's.
-
-    Cells where a repeat has no value are left out of all; `given` makes it the partial correlation.
-    """
-    kept = np.isfinite(values).all(0) & np.isfinite(accuracy)
-    values, accuracy, given = values[:, kept], accuracy[kept], [g[kept] for g in given]
-
-    def rho(rows: NDArray[np.intp], repeat: int) -> float:
-        x, y, z = values[repeat, rows], accuracy[rows], [g[rows] for g in given]
-        return partial_spearman(x, y, z) if given else spearman(x, y)
-
-    def mean(rows: NDArray[np.intp]) -> float:
-        return float(np.mean([rho(rows, repeat) for repeat in range(len(values))]))
-
-    everything = np.arange(values.shape[1])
-    return {
-        "rho": mean(everything),
-        "interval": bootstrap(mean, values.shape[1]),
-        "by_repeat": [rho(everything, repeat) for repeat in range(len(values))],
-        "cells": int(kept.sum()),
-    }
-
-
-def analyse(
-    by_arm: Mapping[str, Sequence[Sequence[Record]]], accuracy: Mapping[str, Floats], window: tuple[int, int]
-) -> dict[str, Any]:
-    """Returns rho and partial rho of every predictor of every arm with each accuracy."""
-    found: dict[str, Any] = {}
+def tasks(
+    by_arm: Mapping[str, Sequence[Sequence[Record]]],
+    accuracy: Mapping[str, Floats],
+    cells: Sequence[str],
+    window: tuple[int, int],
+) -> dict[str, list[Task]]:
+    """Returns one task an accuracy, for each arm."""
+    found = {}
     for arm, repeats in by_arm.items():
         tables = [predictors(records, window) for records in repeats]
         columns = {name: np.array([table[name] for table in tables]) for name in tables[0]}
-        given = [columns[name][0] for name in GIVEN]
-        found[arm] = {
-            name: {
-                task: {
-                    **correlation(values, target),
-                    "partial": None if name in GIVEN else correlation(values, target, given)["rho"],
-                }
-                for task, target in accuracy.items()
-            }
-            for name, values in columns.items()
-        }
+        found[arm] = [Task(ACCURACIES[name], cells, values, columns, COUNTS) for name, values in accuracy.items()]
     return found
-
-
-def markdown(data: Mapping[str, Any]) -> str:
-    """Returns the study as text and tables."""
-    settings = data["settings"]
-    lines = [
-        "# Rank correlation with the accuracy of trained NAS-Bench-201 cells",
-        "",
-        f"{settings['cells']} random cells of the 15,625, validation accuracies as published; S = {SAMPLES} crops of "
-        f"photographs at 32x32, {settings['repeats']} repeats, each with images, labels and weights of its own; window "
-        f"{settings['window'][0]} to {settings['window'][1]} percent of depth. Spearman's rho, mean over the repeats; in "
-        "brackets the 95 % bootstrap interval over cells, then the spread over repeats; after the bar, the partial rho "
-        f"given {', '.join(GIVEN)}. The last column has the paper's table 3 where it has the row (1000 cells, images "
-        "of the data sets).",
-    ]
-    for arm, rows in data["spearman"].items():
-        lines += ["", f"## {arm}", "", f"|  | {' | '.join(ACCURACIES.values())} | paper |", "| --- | " + "---: | " * 4]
-        for name, row in rows.items():
-            paper = " / ".join(f"{v:.2f}" for v in PAPER.get(name, ()))
-            lines.append(f"| {name} | {' | '.join(_cell(row[task]) for task in ACCURACIES)} | {paper} |")
-    return "\n".join([*lines, ""])
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    low, high = row["interval"]
-    spread = max(row["by_repeat"]) - min(row["by_repeat"])
-    partial = "" if row["partial"] is None else f" \\| {row['partial']:.2f}"
-    return f"{row['rho']:.2f} [{low:.2f}, {high:.2f}] ± {spread / 2:.2f}{partial}"
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def published(table: Path, cells: Sequence[str]) -> dict[str, Floats]:
@@ -191,6 +127,22 @@ def published(table: Path, cells: Sequence[str]) -> dict[str, Floats]:
     with gzip.open(table, "rt", newline="") as file:
         rows = {row["arch"]: row for row in csv.DictReader(file)}
     return {task: np.array([float(rows[cell][task]) for cell in cells]) for task in ACCURACIES}
+
+
+def markdown(settings: Mapping[str, Any], studies: Mapping[str, Any]) -> str:
+    """Returns the study as text and tables."""
+    first, last = settings["window"]
+    lines = [
+        "# Rank correlation with the accuracy of trained NAS-Bench-201 cells",
+        "",
+        f"{settings['cells']} random cells of the 15,625, with their published validation accuracies; S = {SAMPLES} "
+        f"crops of photographs at 32x32; {settings['repeats']} repeats, each with images, labels and weights of its "
+        f"own; the window is {first} to {last} percent of depth. {study_tables.HOW_TO_READ} The last column has table "
+        "3 of the paper (1000 cells, images of the data sets themselves) where it has the row.",
+    ]
+    for arm, found in studies.items():
+        lines += ["", f"## {arm}", "", *study_tables.table(found, {"the paper": PAPER})]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -205,20 +157,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     space = NASBench201Space()
     cells = list(space.sample(arguments.cells, seed=0))
-    seeds = range(arguments.repeats)
     found: dict[str, list[list[Record]]] = {arm: [] for arm in ARMS}
-    for seed in seeds:  # a study that is stopped has whole repeats of both arms
+    for seed in range(arguments.repeats):  # a study that is stopped has whole repeats of both arms
         for arm in ARMS:
             found[arm].append(scores(cells, arm, seed, arguments.store))
-    accuracy = published(arguments.table, [space.encode(cell) for cell in cells])
+    encoded = [space.encode(cell) for cell in cells]
     window = (arguments.window[0], arguments.window[1])
-    settings = {"cells": len(cells), "repeats": len(seeds), "samples": SAMPLES, "images": "photos", "window": window}
-    data = {"settings": settings, "paper": PAPER, "spearman": analyse(found, accuracy, window)}
-    measure.RESULTS.mkdir(exist_ok=True)
-    machine = measure.machine("cpu")
-    (measure.RESULTS / f"{NAME}.json").write_text(json.dumps({"machine": machine, **measure.rounded(data)}) + "\n")
-    (measure.RESULTS / f"{NAME}.md").write_text(markdown(data))
-    print(markdown(data))
+    by_arm = tasks(found, published(arguments.table, encoded), encoded, window)
+    studies = {arm: study(of_arm) for arm, of_arm in by_arm.items()}
+    settings = {"cells": len(cells), "repeats": arguments.repeats, "samples": SAMPLES, "window": window}
+    study_tables.write(NAME, settings | {"paper": PAPER}, studies, markdown(settings, studies))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops, proxies, spaces
     from .engine.scorer import Scorer
+    from .ensembles.libra import libra
+    from .ensembles.libra_plus import libra_plus
     from .errors import InputError, StoreError
     from .proxies.result import LswagResult
     from .scoring import score
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "LswagResult", "Scorer", "StoreError", "ops", "proxies", "score", "spaces"]
+__all__ = [
+    "InputError",
+    "LswagResult",
+    "Scorer",
+    "StoreError",
+    "libra",
+    "libra_plus",
+    "ops",
+    "proxies",
+    "score",
+    "spaces",
+]
 
 _HOMES = {
     "InputError": "errors",
     "LswagResult": "proxies.result",
     "Scorer": "engine.scorer",
     "StoreError": "errors",
+    "libra": "ensembles.libra",
+    "libra_plus": "ensembles.libra_plus",
     "score": "scoring",
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -16,6 +19,8 @@ IMPLEMENTATIONS = {
     "gelu": ("triton", "torch"),
 }
 """Of each op: C++ for the CPU, CUDA C++, Triton, torch's operations for any device. The first that fits is taken."""
+
+_preferred: ContextVar[str | None] = ContextVar("_preferred", default=None)
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,23 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if device != "cpu" or _C.cpu_has_bf16() else "float32"
 
 
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Inside, `implementation` prefers this one to that of LSWAG_BACKEND: torch's can be differentiated twice."""
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 def implementation(op: str, device: str) -> str | None:
     """Returns which implementation of an op takes tensors on `device` ("cpu", "cuda"); None where none can.
 
-    LSWAG_BACKEND=cpp|cuda|triton|torch prefers one wherever an op has it for that device. Triton takes CPU tensors
-    under TRITON_INTERPRET=1, and then only where it is preferred. Raises InputError for another LSWAG_BACKEND.
+    LSWAG_BACKEND=cpp|cuda|triton|torch, or `preferring`, prefers one wherever an op has it for that device. Triton
+    takes CPU tensors under TRITON_INTERPRET=1, and then only where it is preferred. Raises InputError for another name.
     """
-    preferred = os.environ.get("LSWAG_BACKEND") or "auto"
+    preferred = _preferred.get() or os.environ.get("LSWAG_BACKEND") or "auto"
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     if preferred not in ("auto", *known):
         raise InputError(f"LSWAG_BACKEND must be auto or one of {', '.join(known)}, got {preferred!r}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import __version__
 from .store import network_file_system
 
-_EXTRAS = {"photos": ("PIL", "sklearn"), "parquet": ("pyarrow",)}
+_EXTRAS = {"photos": ("PIL", "sklearn"), "parquet": ("pyarrow",), "lab": ("matplotlib", "scipy", "sklearn")}
 
 
 @dataclass(frozen=True)

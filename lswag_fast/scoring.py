@@ -128,11 +128,11 @@ def score(
             labels = labels.to(resolved.device)
         with clock("trace"):
             probe(plan, sandbox, take(images, 2))
+        network = Network(sandbox, plan.copy(), images, labels, loss_or_default, seed, clock)
         statistics = PassStatistics(plan, resolved, samples, clock, parameters=sandbox.parameters)
         assert resolved.groups is not None
         losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
         statistics.launch()
-        network = Network(sandbox, plan, images, labels, loss_or_default, seed)
         scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
         result = scored.result(options, caught, start)
     if result.uncovered:
@@ -179,7 +179,7 @@ class Scored:
         saturation = statistics.saturation(psi)
         trainability = statistics.trainability(rows)
         proxies = registry.chosen(self.options.proxies)
-        values, unavailable = evaluate(proxies, self._evidence(trainability, psi), self.clock)
+        found = evaluate(proxies, self._evidence(trainability, psi), self.clock)
         messages = _messages(self.plan, self.options, asked, rows, saturation)
         seconds = time.perf_counter() - start
         return LswagResult(
@@ -196,9 +196,9 @@ class Scored:
             layers=rows,
             patterns_by_activation=by_activation,
             uncovered=self.plan.uncovered,
-            warnings=(*messages, *unavailable, *dict.fromkeys(str(w.message) for w in caught)),
-            proxies=values,
-            proxy_seconds=proxy_seconds(proxies, self.clock) if _several(self.options) else {"lswag": seconds},
+            warnings=(*messages, *found.messages, *dict.fromkeys(str(w.message) for w in caught)),
+            proxies=found.values,
+            proxy_seconds=proxy_seconds(proxies, found, self.clock) if _several(self.options) else {"lswag": seconds},
             seconds=seconds,
             options=self.options.to_dict(),
         )

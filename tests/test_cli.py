@@ -227,7 +227,7 @@ def test_spaces_lists_every_space(run: Run) -> None:
 def test_doctor_names_what_works_and_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("doctor")
     assert code == 0
-    for name in ("torch", "cpu", "cuda", "threads", "store", "photos", "parquet"):
+    for name in ("torch", "cpu", "cuda", "threads", "store", "photos", "parquet", "lab"):
         assert any(line.split()[1:2] == [name] for line in out.splitlines())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'lswag-fast[photos]' (PIL, sklearn not installed)" in run("doctor")[1]

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lswag_fast.correlation import bootstrap, kendall_tau, partial_spearman, ranks, spearman
+from lswag_fast.correlation import (
+    bootstrap,
+    kendall_tau,
+    partial_spearman,
+    precision_at_top,
+    ranks,
+    regret,
+    spearman,
+)
 
 pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=12)
 
@@ -62,3 +71,45 @@ def test_bootstrap_interval_of_a_mean():
     half = 1.96 / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half, abs=0.02)
     assert high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_kendall_tau_of_many_rows_is_that_of_all_pairs():
+    x, y = np.random.default_rng(4).integers(0, 400, size=(2, 3000))
+    y[:2000] += x[:2000]
+    signs = [np.sign(v[:, None] - v) for v in (x, y)]
+    expected = (signs[0] * signs[1]).sum() / math.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
+    assert kendall_tau(x, y) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_missing_value_leaves_no_correlation():
+    x, y = [1.0, 2.0, math.nan, 4.0], [1.0, 3.0, 2.0, 4.0]
+    assert all(math.isnan(f(*pair)) for f in (kendall_tau, spearman) for pair in ((x, y), (y, x)))
+    assert math.isnan(partial_spearman(x, y, [y]))
+    assert math.isnan(partial_spearman(y, y, [x]))
+
+
+def test_precision_at_top_counts_the_best_of_both():
+    accuracy = [10, 20, 30, 40, 50, 60]
+    assert precision_at_top(accuracy, accuracy, 2) == 1
+    assert precision_at_top([1, 2, 3, 9, 0, 8], accuracy, 2) == 0.5  # picks 40 and 60 of 50 and 60
+    assert precision_at_top([9, 8, 0, 0, 0, 0], accuracy, 2) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=6), st.data())
+@settings(max_examples=30)
+def test_precision_at_top_is_the_mean_over_all_ways_to_break_ties(values: list[tuple[int, int]], data: st.DataObject):
+    x, y = zip(*values, strict=True)
+    k = data.draw(st.integers(1, len(values)))
+
+    def tops(v: tuple[int, ...]) -> list[set[int]]:
+        orders = permutations(range(len(v)))
+        return [set(order[:k]) for order in orders if [v[i] for i in order] == sorted(v, reverse=True)]
+
+    expected = np.mean([len(a & b) / k for a in tops(x) for b in tops(y)])
+    assert precision_at_top(x, y, k) == pytest.approx(expected)
+
+
+def test_regret_is_the_distance_of_the_pick_from_the_best():
+    assert regret([1, 5, 2], [70.0, 80.0, 90.0]) == 10
+    assert regret([1, 5, 9], [70.0, 80.0, 90.0]) == 0
+    assert regret([9, 5, 9], [70.0, 80.0, 90.0]) == 10  # the mean of 20 and 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .functions import Kind
 from .samples import SampleAxis
@@ -60,6 +60,10 @@ class Plan:
     uncovered: tuple[str, ...]
     multiply_adds: int  # of one image
     parameters: int
+
+    def copy(self) -> Plan:
+        """Returns a plan of its own layers, which changes to this one leave alone."""
+        return replace(self, layers=[replace(layer) for layer in self.layers], actions=list(self.actions))
 
     def restrict(self, keep: Callable[[int], bool]) -> None:
         """Leaves the layers (by position) for which `keep` is false to torch: nothing of them is captured.

@@ -173,13 +173,11 @@ def doctor(as_json: JsonOption = False) -> None:
 def correlate(
     scores: Annotated[
         list[Path],
-        typer.Argument(help="Score stores, and tables of proxies: .csv, .jsonl, .json (NAS-Bench-Suite-Zero)."),
+        typer.Argument(help="Score stores, and tables of proxies: csv, jsonl, NAS-Bench-Suite-Zero's json."),
     ],
     accuracies: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Tables of accuracies by arch: .csv, .jsonl, .json, .pth (Auto-Prox); in --scores by default."
-        ),
+        typer.Option(help="Tables of accuracies by arch: csv, jsonl, json, Auto-Prox's pth; by default in SCORES."),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Columns that are accuracies, with commas between; found by name.")] = "",
     proxies: Annotated[

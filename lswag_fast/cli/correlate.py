@@ -84,8 +84,9 @@ def run(request: Request) -> int:
 def write(studies: Sequence[TaskStudy], folder: Path) -> list[str]:
     """Writes the report, its figures and its numbers into `folder`, each file whole; returns their names."""
     scatters = [plots.scatter(done) if any(row.estimates for row in done.rows) else b"" for done in studies]
+    spread = "; ± is the standard deviation over repeats" * any(done.repeats > 1 for done in studies)
     figures = {
-        "Spearman's rho of each proxy on each task; ± is the standard deviation over repeats": plots.heat_map(studies),
+        f"Spearman's rho of each proxy on each task{spread}": plots.heat_map(studies),
         "The proxies with the highest |rho| of each task": plots.bars(studies),
     }
     page = report.page(studies, figures, scatters)

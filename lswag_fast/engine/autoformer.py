@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capture import Activation, Layer, Plan, SampleAxis, Sandbox
+from ..capture import Activation, Layer, Plan, SampleAxis, Sandbox, trace
 from ..capture.sandbox import torch_settings
 from ..clock import Clock
 from ..losses import CrossEntropy, class_labels
@@ -88,7 +88,7 @@ class AutoFormerEngine:
             warnings.simplefilter("always")
             losses = self._run(arch, plan, statistics, clock)
             statistics.launch()
-        scored = Scored(plan, statistics, self._options, clock, losses, partial(self._network, arch, plan))
+        scored = Scored(plan, statistics, self._options, clock, losses, partial(self._network, arch, clock))
         return PendingScore(scored, caught, start)
 
     def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock) -> Tensor:
@@ -112,11 +112,12 @@ class AutoFormerEngine:
                 candidate.backward(grad, deliver, first)
         return losses.detach()
 
-    def _network(self, arch: Arch, plan: Plan) -> Network:
+    def _network(self, arch: Arch, clock: Clock) -> Network:
         """Returns the candidate as a module, for proxies that run passes of their own."""
         model = self._supernet.subnet(arch).to(self._options.device).eval()
         sandbox = Sandbox(model, getattr(torch, self._options.dtype))
-        return Network(sandbox, plan, self._images, self._labels, self._loss, self._options.seed)
+        plan = trace(sandbox, self._images, self._labels, self._loss)  # the engine's own plan says nothing of calls
+        return Network(sandbox, plan, self._images, self._labels, self._loss, self._options.seed, clock)
 
     def _plan(self, arch: Arch) -> Plan:
         """Returns what a trace of the candidate would find."""

@@ -120,7 +120,7 @@ def _tasks_of(source: Scores, table: Table, columns: Sequence[str]) -> dict[str,
         said += f"; {unused} scored ones have no row in {table.name}" if unused else ""
         said += f"; {len(strangers)} rows of {table.name} have no scores: {_some(strangers)}" if strangers else ""
         notes.append(said)
-    if len(matched) < MIN_ARCHITECTURES:
+    if len(matched) < MIN_ARCHITECTURES and (strangers or unused):
         example = f"; scores are of {_some(source.keys)}" if source.keys else ""
         raise InputError(
             f"{source.name} and {table.name} have {len(matched)} architectures in common, and a study needs "

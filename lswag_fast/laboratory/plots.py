@@ -12,10 +12,10 @@ import numpy as np
 from ..errors import InputError
 from .study import Row, TaskStudy
 
-BLUE, ORANGE, GREY, INK = "#1f5fa8", "#d1660a", "#8a8a8a", "#222222"
+BLUE, PALE_BLUE, ORANGE, GREY, PALE_GREY, INK = "#1f5fa8", "#86b0dd", "#c2410c", "#8a8a8a", "#bdbdbd", "#222222"
 _BARS = 8
 _PANELS = 6
-_SHORT = 26
+_SHORT = 32
 _DPI = 130
 
 
@@ -35,12 +35,15 @@ def heat_map(studies: Sequence[TaskStudy]) -> bytes:
     found = {(row.proxy, study.task.name): row for study in studies for row in study.rows}
     names = sorted({proxy for proxy, _ in found}, key=lambda name: -_strength(name, tasks, found))
     rho = np.array([[_rho(found[name, task]) for task in tasks] for name in names])
-    width, height = 2.2 + 0.95 * len(tasks), 1.2 + 0.36 * len(names) + 0.075 * max(map(len, map(_short, tasks)))
+    width, height = (
+        max(4.6, 2.4 + 0.95 * len(tasks)),
+        0.8 + 0.36 * len(names) + 0.075 * max(map(len, map(_short, tasks))),
+    )
     figure, (axes,) = _panels(1, 1, width, height)
     image = axes.imshow(rho, cmap=_colours(), vmin=-1, vmax=1, aspect="auto")
     for place, task in np.ndindex(rho.shape):
         row = found[names[place], tasks[task]]
-        axes.text(task, place, _cell(row), ha="center", va="center", fontsize=8, color=_on(rho[place, task]))
+        axes.text(task, place, _cell(row), ha="center", va="center", fontsize=8, color=_on(float(rho[place, task])))
     axes.set_xticks(range(len(tasks)), [_short(task) for task in tasks], rotation=35, ha="right", fontsize=9)
     counts = {row.proxy for row in found.values() if row.is_count}
     axes.set_yticks(range(len(names)), [f"{n} (count)" if n in counts else n for n in names], fontsize=9)
@@ -49,24 +52,31 @@ def heat_map(studies: Sequence[TaskStudy]) -> bytes:
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, label="Spearman's rho")
+    bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar.set_label("Spearman's rho", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return _png(figure)
 
 
 def bars(studies: Sequence[TaskStudy]) -> bytes:
     """Returns the eight proxies with the highest |rho| of each task, with intervals (as figure 4 of the paper)."""
+    from matplotlib.ticker import MultipleLocator
+
     columns = min(3, len(studies))
     lines = math.ceil(len(studies) / columns)
-    figure, grid = _panels(lines, columns, 4.0, 0.5 + 0.3 * _BARS)
+    figure, grid = _panels(lines, columns, 4.0 if columns > 1 else 6.5, 0.5 + 0.3 * _BARS)
     for axes, study in zip(grid, studies, strict=False):
         best = sorted((row for row in study.rows if row.estimates), key=_size, reverse=True)[:_BARS]
         for place, row in enumerate(reversed(best)):
             rho = row.estimates["spearman"]
-            axes.barh(place, rho.value, color=GREY if row.is_count else BLUE, height=0.7)
+            axes.barh(place, rho.value, color=PALE_GREY if row.is_count else PALE_BLUE, height=0.7)
             axes.plot([rho.low, rho.high], [place, place], color=INK, linewidth=1.4, solid_capstyle="butt")
-            axes.plot(rho.by_repeat, [place] * len(rho.by_repeat), "|", color=ORANGE, markersize=9)
+            if len(rho.by_repeat) > 1:
+                axes.plot(rho.by_repeat, [place] * len(rho.by_repeat), "|", color=ORANGE, markersize=9)
         axes.set_yticks(range(len(best)), [row.proxy for row in reversed(best)], fontsize=9)
         axes.set_xlim(min(0.0, *(row.estimates["spearman"].low * 1.05 for row in best), 0.0), 1)
+        axes.xaxis.set_major_locator(MultipleLocator(0.25))
+        axes.tick_params(axis="x", labelsize=8)
         axes.axvline(0, color=INK, linewidth=0.6)
         axes.grid(axis="x", linewidth=0.4)
         axes.set_axisbelow(True)
@@ -82,7 +92,7 @@ def scatter(study: TaskStudy) -> bytes:
     """Returns accuracy against the ranking by each of the six proxies with the highest |rho|."""
     best = sorted((row for row in study.rows if row.estimates), key=_size, reverse=True)[:_PANELS]
     columns = min(3, len(best))
-    figure, grid = _panels(math.ceil(len(best) / columns), columns, 3.3, 2.7)
+    figure, grid = _panels(math.ceil(len(best) / columns), columns, 3.3 if columns > 1 else 5.0, 2.7)
     size = max(2.0, min(14.0, 6000 / study.architectures))
     for axes, row in zip(grid, best, strict=False):
         values = np.asarray(study.task.proxies[row.proxy])
@@ -145,9 +155,7 @@ def _range(accuracy: Any) -> tuple[float, float]:
 def _colours() -> Any:
     from matplotlib import colormaps
 
-    colours = colormaps["RdBu"].copy()
-    colours.set_bad("#dddddd")
-    return colours
+    return colormaps["RdBu"].with_extremes(bad="#dddddd")
 
 
 def _panels(lines: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:

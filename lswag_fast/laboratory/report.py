@@ -17,8 +17,8 @@ _STYLE = """
   --muted: #5b626d; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181c; --soft: #22262c; --line: #3a404a;
   --mark: #ffb066; --muted: #a2aab6; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1.5rem;
-  max-width: 76rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  padding: 1.5rem; max-width: 76rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid var(--line);
   padding-top: 1.2rem; }
 .scroll { overflow-x: auto; }
@@ -27,12 +27,15 @@ th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--soft); }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--mark); }
-th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
 td small { color: var(--muted); display: block; font-size: 11.5px; }
 .state { color: var(--mark); } .warnings li { color: var(--mark); } .warnings b { color: var(--ink); }
+figure { margin: 1rem 0; }
 .muted { color: var(--muted); }
 img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
 """
+_SCATTER = "Accuracy against the ranking by each of the best proxies; the lowest hundredth of accuracies is not drawn"
 _SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
   const head = button.parentElement, place = head.cellIndex, body = head.closest("table").tBodies[0];
@@ -67,7 +70,7 @@ def page(studies: Sequence[TaskStudy], figures: Mapping[str, bytes], scatters: S
     Args:
         studies: one a task.
         figures: PNG data by its caption, for all tasks together.
-        scatters: PNG data of each task.
+        scatters: PNG data of each task, empty where it has no figure.
     """
     sections = [_section(study, scatter) for study, scatter in zip(studies, scatters, strict=True)]
     overview = [f"<h2>All tasks</h2>{''.join(_figure(png, caption) for caption, png in figures.items())}"]
@@ -163,12 +166,14 @@ def _cells(row: Row) -> str:
 def _number(found: Estimate | None) -> str:
     if found is None or not math.isfinite(found.value):
         return '<td data-value=""></td>'
-    spread = f" ± {found.spread:.2g}" if math.isfinite(found.spread) else ""
+    spread = f"<br>± {found.spread:.2g}" if math.isfinite(found.spread) else ""
     interval = f"[{found.low:.2f}, {found.high:.2f}]{spread}"
     return f'<td data-value="{found.value:.6f}">{found.value:.3f}<small>{interval}</small></td>'
 
 
 def _figure(png: bytes, caption: str) -> str:
+    if not png:
+        return ""
     data = base64.b64encode(png).decode()
     said = html.escape(caption)
     return f'<figure><img alt="{said}" src="data:image/png;base64,{data}"><figcaption>{said}</figcaption></figure>'

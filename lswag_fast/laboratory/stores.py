@@ -118,8 +118,7 @@ def _columns(keys: Sequence[str], repeats: Sequence[dict[str, Record]]) -> dict[
 
 def _values(record: Record) -> dict[str, float | None]:
     found = {"lswag": record.lswag, "lambda": record.trainability, "psi": record.expressivity}
-    # Stores of version 1 have no proxies beside L-SWAG.
-    found |= {name: value for name, value in getattr(record, "proxies", {}).items() if name not in found}
+    found |= {name: value for name, value in record.proxies.items() if name not in found}
     return found | {name: getattr(record.counts, name) for name in _COUNTS}
 
 

@@ -295,7 +295,7 @@ def _readings(found: Mapping[str, Estimate], counts: Sequence[str]) -> list[str]
         said.append("ranks the wrong way round: the lower it is, the better the architecture")
     if partial is None or rho.low <= 0 <= rho.high:
         return said
-    given = " and ".join(counts)
+    given = " and ".join(filter(None, (", ".join(counts[:-1]), counts[-1])))
     if math.isnan(partial.value):
         said.append(f"ranks as its counts do: {given} determine its ranking")
     elif partial.low <= 0 <= partial.high:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +48,11 @@ class Evidence:
     words: tuple[Tensor, ...]  # of each activation, packed as in ops/activation_patterns.py
     pattern_samples: int
     make_network: Callable[[], Network]
+
+    @property
+    def shared(self) -> set[Hashable]:
+        """The keys of the shared passes that were asked for since `network.used` was emptied last."""
+        return self.network.used if "network" in vars(self) else set()
 
     @cached_property
     def network(self) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, is_dataclass
 from enum import Enum, auto
@@ -25,6 +26,13 @@ class UnavailableError(Exception):
     """A proxy has no value for a network; the text says why. The result then holds NaN, and a warning with the text."""
 
 
+def finite(value: float, cause: str) -> float:
+    """Returns `value`; raises UnavailableError with `cause` where it is NaN or infinite."""
+    if not math.isfinite(value):
+        raise UnavailableError(f"its value would be {value}: {cause}")
+    return value
+
+
 class Proxy(ABC):
     """A zero-cost proxy. A subclass is a frozen dataclass, whose fields are the options of the proxy.
 
@@ -45,6 +53,10 @@ class Proxy(ABC):
     @abstractmethod
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network. Raises UnavailableError where it has none."""
+
+    def details(self, evidence: Evidence) -> dict[str, float]:
+        """Returns by name what to read the value beside: its conditioning, its parts. Raises as `value` does."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns name and options as plain values that JSON can hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from networks import CLASSES, IMAGE
 from torch import Tensor, nn
 
 import lswag_fast
-from lswag_fast import proxies, reference, spaces
+from lswag_fast import clock, proxies, reference, spaces
 from lswag_fast import reference_saliency as definitions
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.errors import InputError
@@ -188,7 +189,7 @@ def test_engine_gives_what_score_gives() -> None:
     supernet = space.supernet(0)
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6)
-    chosen = ("lswag", *(name for name in SHARED if name != "fisher"))
+    chosen = ("lswag", *(name for name in SHARED if name != "fisher"), "jacov", "te_nas_ntk", "synflow")
     options = ScoreOptions(dtype="float32", device="cpu", proxies=chosen).resolved(6)
     engine = AutoFormerEngine(supernet, images, labels, None, options)
     for arch in space.sample(2, seed=0):
@@ -241,10 +242,30 @@ def test_every_registered_proxy_says_what_it_is() -> None:
         assert isinstance(kind.gradient_based, bool)
 
 
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which every stretch of work takes a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
+
+
+@pytest.mark.usefixtures("ticking")
 def test_seconds_of_each() -> None:
-    model, (images, labels) = build("attention"), batch()
+    model, (images, labels) = build("convolutions"), batch()
     result = lswag_fast.score(model, images, labels, dtype="float32", proxies=SHARED)
     seconds = result.proxy_seconds
     assert set(seconds) == set(SHARED)
     assert all(0 < value < result.seconds for value in seconds.values())
-    assert seconds["params"] < seconds["nwot"] < seconds["zico"]
+    assert seconds["params"] == seconds["flops"] == 1
+    assert seconds["params"] < seconds["nwot"] == seconds["swap"] < min(seconds["zico"], seconds["snip"])
+
+
+@pytest.mark.usefixtures("ticking")
+def test_a_pass_that_proxies_share_is_in_the_seconds_of_each() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    both = ("jacov", "epe_nas", "te_nas", "te_nas_ntk", "params")
+    seconds = lswag_fast.score(model, images, labels, dtype="float32", proxies=both).proxy_seconds
+    assert seconds["params"] == 1
+    assert seconds["jacov"] == 3  # its own work before the shared pass and after it, and that pass
+    assert seconds["epe_nas"] == 2
+    assert seconds["te_nas_ntk"] == 2
