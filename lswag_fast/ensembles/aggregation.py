@@ -1,7 +1,8 @@
-"""Columns made into one score: LIBRA's rankings, and the ensembles that L-SWAG compares LIBRA with (its table 1).
+"""Columns made into one score: LIBRA's rankings, and ensembles that L-SWAG compares LIBRA with (its table 1).
 
 Columns are [N], one value an architecture; scores are [N] float64, higher is better. Missing values (NaN) take the mean
-rank. All raise InputError where columns differ in length or are no lists of numbers.
+rank. T-CET, the third ensemble there, is a value a network: the proxy `tcet`. All raise InputError where columns differ
+in length or are no lists of numbers.
 """
 
 from __future__ import annotations
@@ -41,36 +42,16 @@ def te_nas(linear_regions: ArrayLike, ntk_condition_number: ArrayLike) -> Floats
     return rank_sum(regions, -condition)
 
 
-def az_nas(expressivity: ArrayLike, progressivity: ArrayLike, trainability: ArrayLike, complexity: ArrayLike) -> Floats:
+def az_nas(
+    expressivity: ArrayLike, progressivity: ArrayLike | None, trainability: ArrayLike, complexity: ArrayLike
+) -> Floats:
     """Returns AZ-NAS's mean log rank of its four proxies; complexity is the number of multiply-adds.
 
-    Lee and Ham, CVPR 2024. The public code sums log(rank / N), ties sharing ranks; its order is that of the mean.
+    Lee and Ham, CVPR 2024. The public code sums log(rank / N), ties sharing ranks; its order is that of the mean. For
+    vision transformers it leaves progressivity out, which is None here.
     """
-    return mean_log_rank(expressivity, progressivity, trainability, complexity)
-
-
-def t_cet(saliency_snr: Sequence[Sequence[float]], layer_nwot: Sequence[Sequence[float]]) -> Floats:
-    """Returns T-CET: the sum over a network's layers of saliency signal-to-noise times layer-wise NWOT.
-
-    Xiang et al., AutoML 2023. The signal-to-noise ratio of a layer is the sum of its weights' saliency (SNIP's or
-    SynFlow's) over the standard deviation; NWOT of a layer is the log-determinant of its activations' kernel. Each
-    argument has a sequence of layers for each of the N architectures; the two agree in layers. The product by layers is
-    taken from public re-implementations, as the authors' code was not at hand. Raises InputError where layers differ.
-    """
-    if len(saliency_snr) != len(layer_nwot):
-        raise InputError(
-            f"T-CET needs both factors of each architecture, got {len(saliency_snr)} and {len(layer_nwot)}"
-        )
-    found = []
-    for row, (snr, nwot) in enumerate(zip(saliency_snr, layer_nwot, strict=True)):
-        factors = numbers(f"saliency_snr[{row}]", snr), numbers(f"layer_nwot[{row}]", nwot)
-        if len(factors[0]) != len(factors[1]):
-            raise InputError(
-                f"T-CET multiplies layer by layer, but architecture {row} has {len(factors[0])} layers in saliency_snr "
-                f"and {len(factors[1])} in layer_nwot"
-            )
-        found.append(float(factors[0] @ factors[1]))
-    return np.array(found)
+    parts = (expressivity, progressivity, trainability, complexity)
+    return mean_log_rank(*(part for part in parts if part is not None))
 
 
 def _columns(columns: Sequence[ArrayLike]) -> list[Floats]:

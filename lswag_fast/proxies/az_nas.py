@@ -12,7 +12,7 @@ Lee, Ham, CVPR 2024 (arXiv 2403.19232). Where paper and public code (cvlab-yonse
   features that do not vary, and for a block that hands gradients through unchanged (a cell of skips alone). The code
   for transformers leaves such a block out.
 - Expressivity is summed over blocks (equation 4); the code for transformers has no progressivity, and the paper says
-  so: leave its column out of `aggregate` there.
+  so: leave it out of `ensembles.aggregation.az_nas` there.
 """
 
 from __future__ import annotations
@@ -23,36 +23,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..correlation import Floats
 from ..errors import InputError
 from .block_features import Feature, block_features, block_names
 from .evidence import Evidence
 from .network import Network
 from .proxy import Proxy, UnavailableError
-from .rank_columns import ranked_columns
 
 _SOURCE = "Lee, Ham, CVPR 2024"
 _CONSTANT = 2.0**-80
 """What rounding in float64 leaves, at most, of the variance of values that are all the same, by their mean square."""
 
 Inputs = Literal["batch", "noise"]
-
-
-def aggregate(*columns: ArrayLike) -> Floats:
-    """Returns the score of each network of a pool: sum over columns of log(rank / N) (equation 12), higher is better.
-
-    The columns are expressivity, progressivity (not for transformers), trainability and complexity; ranks ascend from
-    1, equal values share the mean of theirs, and N is the number of networks ranked. Networks with a NaN get NaN, and
-    are not ranked. Raises InputError for columns of several lengths.
-    """
-    ranked = ranked_columns(columns)
-    networks = np.count_nonzero(~np.isnan(ranked[0]))
-    return sum(np.log(ranks / networks) for ranks in ranked)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -164,7 +148,8 @@ class Complexity(Proxy):
 class AzNas(_OfBlocks):
     """Expressivity + progressivity + trainability + log(complexity): ours, for a network alone.
 
-    The paper defines no value of one network, but ranks over a pool: use the four parts and `aggregate` for that.
+    The paper defines no value of one network, but ranks over a pool: use the four parts and
+    `ensembles.aggregation.az_nas` for that.
     """
 
     name: ClassVar[str] = "az_nas"

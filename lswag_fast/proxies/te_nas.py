@@ -19,17 +19,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..capture import Activation
 from ..capture.run import CaptureMode
-from ..correlation import Floats
 from ..errors import InputError
 from .evidence import Evidence
 from .network import Network
 from .proxy import Need, Proxy, UnavailableError
-from .rank_columns import ranked_columns
 from .spectator import Spectator
 from .tangent_kernel import tangent_kernel
 
@@ -38,15 +35,6 @@ _ROUNDING = 2.0**-23
 """What rounding leaves of an eigenvalue of a kernel of float32 gradients, in terms of the largest."""
 
 Inputs = Literal["batch", "noise", "crops"]
-
-
-def aggregate(regions: ArrayLike, condition: ArrayLike) -> Floats:
-    """Returns the score of each network of a pool: rank(regions) + rank(-condition) (section 3.2), higher is better.
-
-    Ranks ascend from 1, and equal values share the mean of theirs; the code gives them the same and the next one more.
-    Networks without one of both values get NaN, and are not ranked. Raises InputError for columns of several lengths.
-    """
-    return sum(ranked_columns([regions, -np.asarray(condition, dtype=np.float64)]))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -158,7 +146,7 @@ class TeNas(Proxy):
     """R - kappa: linear regions less the condition number, as ports of TE-NAS that score one network have it.
 
     The paper defines no value of a network alone, but ranks over a pool: use `te_nas_regions`, `te_nas_ntk` and
-    `aggregate` for that. kappa, the larger by far on most networks, decides over this value.
+    `ensembles.aggregation.te_nas` for that. kappa, the larger by far on most networks, decides over this value.
 
     Args:
         regions: how regions are counted.

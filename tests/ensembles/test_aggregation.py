@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from lswag_fast.ensembles.aggregation import az_nas, mean_log_rank, rank_sum, t_cet, te_nas
+from lswag_fast.ensembles.aggregation import az_nas, mean_log_rank, rank_sum, te_nas
 from lswag_fast.ensembles.table import rankings
 from lswag_fast.errors import InputError
 
@@ -36,16 +34,14 @@ def test_az_nas_ranks_as_its_public_formula():
     parts = np.random.default_rng(0).normal(size=(4, 30))
     formula = sum(np.log(rankdata(part) / 30) for part in parts)
     np.testing.assert_allclose(az_nas(*parts), formula / 4)
+    without = np.log(rankdata(parts[0]) / 30) + np.log(rankdata(parts[2]) / 30) + np.log(rankdata(parts[3]) / 30)
+    np.testing.assert_allclose(az_nas(parts[0], None, parts[2], parts[3]), without / 3)
 
 
 def test_mean_log_rank_punishes_one_low_rank():
     uneven, even = [5, 3, 1, 2, 4], [1, 3, 5, 2, 4]
     assert rank_sum(uneven, even)[0] == rank_sum(uneven, even)[1] == 6
     assert mean_log_rank(uneven, even)[0] < mean_log_rank(uneven, even)[1]
-
-
-def test_t_cet_sums_products_over_layers():
-    assert t_cet([[1, 2], [3.0]], [[10, 20], [30.0]]).tolist() == [50, 90]
 
 
 def test_columns_that_cannot_be_combined():
@@ -55,8 +51,3 @@ def test_columns_that_cannot_be_combined():
         rank_sum(["a", "b"])
     with pytest.raises(InputError, match="shape"):
         rank_sum([[1, 2], [3, 4]])
-    with pytest.raises(InputError, match="architecture 1 has 2 layers in saliency_snr and 1 in layer_nwot"):
-        t_cet([[1], [1, 2]], [[1], [1]])
-    with pytest.raises(InputError, match="both factors"):
-        t_cet([[1]], [])
-    assert math.isnan(t_cet([[math.nan]], [[1]])[0])

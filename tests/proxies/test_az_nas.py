@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from lswag_fast import reference_theory as reference
 from lswag_fast.errors import InputError
-from lswag_fast.proxies import az_nas
 from lswag_fast.proxies.az_nas import AzNas, Complexity, Expressivity, Progressivity, Trainability
 from lswag_fast.proxies.block_features import block_features, block_names
 from lswag_fast.proxies.proxy import UnavailableError
@@ -178,12 +176,3 @@ def test_az_nas_that_cannot_be_had() -> None:
         AzNas(inputs="photos")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="sequence of names"):
         AzNas(blocks="blocks.0")  # type: ignore[arg-type]
-
-
-def test_az_nas_of_a_pool() -> None:
-    found = az_nas.aggregate([1.0, 2.0, -math.inf, math.nan], [5.0, 5.0, 1.0, 9.0])
-    assert found[:3] == pytest.approx([math.log(2 / 3) + math.log(2.5 / 3), math.log(2.5 / 3), 2 * math.log(1 / 3)])
-    assert np.isnan(found[3])
-    assert az_nas.aggregate([4.0]).tolist() == [0.0]
-    with pytest.raises(InputError, match="same length"):
-        az_nas.aggregate([1.0], [1.0, 2.0])

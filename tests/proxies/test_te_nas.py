@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from networks import Batched, Convolutions, Dilations, NoSampleAxis, Repeated, SequenceFirst, Tied, TokenMixing
@@ -12,10 +10,9 @@ from torch import nn
 
 from lswag_fast import reference_theory as reference
 from lswag_fast.errors import InputError
-from lswag_fast.proxies import te_nas
 from lswag_fast.proxies.proxy import UnavailableError
 from lswag_fast.proxies.tangent_kernel import tangent_kernel
-from lswag_fast.proxies.te_nas import TeNas, TeNasNtk, TeNasRegions
+from lswag_fast.proxies.te_nas import TeNasNtk, TeNasRegions
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,16 +154,10 @@ def test_singular_and_absent_kernels() -> None:
         TeNasNtk().value(evidence)
 
 
-def test_te_nas_of_one_network_and_of_a_pool() -> None:
+def test_te_nas_of_one_network() -> None:
     model = vit()
     images, labels = batch()
     with evidence_of(model, images, labels) as evidence:
         assert TeNas().value(evidence) == TeNasRegions().value(evidence) - TeNasNtk().value(evidence)
         assert set(TeNas().details(evidence)) >= {"regions", "inputs", "condition_number", "relative_rounding"}
     assert TeNas().to_dict()["regions"] == {"inputs": "batch", "repeats": 1, "size": 3}
-    # Ranks of regions 1 2.5 2.5 4, of -kappa 3 4 1.5 1.5.
-    assert te_nas.aggregate([1, 3, 3, 7], [20, 10, 90, 90]).tolist() == [4, 6.5, 4, 5.5]
-    with pytest.raises(InputError, match="same length"):
-        te_nas.aggregate([1, 2], [1, 2, 3])
-    assert np.isnan(te_nas.aggregate([1.0, 2.0, 3.0], [5.0, math.nan, 4.0])).tolist() == [False, True, False]
-    assert te_nas.aggregate([1.0, 2.0, 3.0], [5.0, math.nan, 4.0])[[0, 2]].tolist() == [2.0, 4.0]
