@@ -12,7 +12,7 @@ from lswag_fast import reference_theory as reference
 from lswag_fast.errors import InputError
 from lswag_fast.proxies.proxy import UnavailableError
 from lswag_fast.proxies.tangent_kernel import tangent_kernel
-from lswag_fast.proxies.te_nas import TeNasNtk, TeNasRegions
+from lswag_fast.proxies.te_nas import TeNas, TeNasNtk, TeNasRegions
 
 
 @pytest.mark.parametrize("name", MODELS)
