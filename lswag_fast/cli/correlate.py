@@ -16,8 +16,8 @@ from rich.table import Table as Printed
 
 from ..errors import InputError
 from ..laboratory import plots, report
-from ..laboratory.joining import joined, own_tasks, scores_of, text_key
-from ..laboratory.study import Row, TaskStudy, study
+from ..laboratory.joining import accuracy_columns, joined, own_tasks, scores_of, text_key
+from ..laboratory.study import MIN_ARCHITECTURES, Row, TaskStudy, study
 from ..laboratory.tables import Arch, Table, read
 from .tables import _console
 
@@ -99,7 +99,8 @@ def write(studies: Sequence[TaskStudy], folder: Path) -> list[str]:
         "bars.png": bars,
     }
     for place, (done, png) in enumerate(zip(studies, scatters, strict=True), start=1):
-        files[f"scatter-{place}-{_file_name(done.task.name)}.png"] = png
+        if png:
+            files[f"scatter-{place}-{_file_name(done.task.name)}.png"] = png
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -145,6 +146,7 @@ def _score(request: Request, accuracies: Sequence[Table], repeats: int) -> tuple
     given = request.scoring
     space: Any = spaces.get(given.space, **{n: v for n, v in given.space_options.items() if v is not None})
     archs = _archs(accuracies, space)
+    _check_before_scoring(request, accuracies, len(archs))
     options = dict(given.options)
     if request.proxies:
         options["proxies"] = ("lswag", *(name for name in request.proxies if name not in _OF_LSWAG))
@@ -166,6 +168,20 @@ def _score(request: Request, accuracies: Sequence[Table], repeats: int) -> tuple
                 failures += scorer.failures
                 contexts.append(scorer.context.id)
     return contexts[0], failures
+
+
+def _check_before_scoring(request: Request, accuracies: Sequence[Table], archs: int) -> None:
+    """Raises InputError for what would stop the study after hours of scoring."""
+    if archs < MIN_ARCHITECTURES:
+        raise InputError(
+            f"the accuracies are of {archs} architectures of the space, and {MIN_ARCHITECTURES} are needed"
+        )
+    if request.top and request.top >= archs:
+        raise InputError(f"the top must be 1 to {archs - 1} of {archs} architectures, got {request.top}")
+    found = [name for table in accuracies for name in accuracy_columns(table, request.tasks, alone=True)]
+    absent = [name for name in request.tasks if name not in found]
+    if absent or not found:
+        raise InputError(f"the accuracies have no column {', '.join(absent) or 'of numbers'}; name others with --tasks")
 
 
 def _archs(accuracies: Sequence[Table], space: Any) -> list[dict[str, Any]]:

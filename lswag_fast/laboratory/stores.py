@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import spaces
 from ..correlation import Floats
 from ..errors import InputError
 from ..records import Record
@@ -45,6 +44,8 @@ def read(paths: Sequence[Path], context: str = "", seeds: Sequence[int] = ()) ->
         InputError: no scores, or none with these settings.
         StoreError: a store cannot be read.
     """
+    from .. import spaces  # late, for it imports torch, which a study of published tables does without
+
     runs = [(path, run) for path in paths for run in _runs(path) if run.candidates]
     if not runs:
         raise InputError(f"{', '.join(map(str, paths))} holds no scores; score some candidates into it first")

@@ -137,6 +137,7 @@ def test_repeats_score_with_several_seeds_and_go_on_where_they_stopped(run: Run)
         (("toy.csv", "--accuracies", "other.csv"), "toy and other have 0 architectures in common"),
         (("s.db", "--repeats", "2"), "--repeats scores the architectures of --accuracies into one store"),
         (("s.db", "--repeats", "2", "--accuracies", "toy.csv"), "no architecture of the accuracies is in autoformer"),
+        (("s.db", "--repeats", "2", "--accuracies", "vit.jsonl"), "of 1 architectures of the space, and 10 are needed"),
         (("toy.csv", "--output", "toy.csv"), "choose another --output"),
     ],
 )
@@ -144,6 +145,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: tuple[str, .
     table("toy.csv")
     table("few.csv", rows=9)
     Path("other.csv").write_text("arch,acc\n" + "".join(f"x{place},{place}\n" for place in range(12)))
+    arch = next(spaces.get("autoformer-tiny").sample(1))
+    Path("vit.jsonl").write_text(json.dumps({"arch": arch, "acc": 70}))
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("lswag-fast: ")
