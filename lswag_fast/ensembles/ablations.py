@@ -46,8 +46,7 @@ def ablations(
 ) -> dict[str, Combined]:
     """Returns the pairs and triples of L-SWAG's table 4, each combined as :func:`.libra.libra` combines its choice.
 
-    The table names its rows but not the rules behind them; these are ours, "in reach" being a rho less than 0.1 below
-    the highest:
+    The rules behind its rows are ours; "in reach" is a rho less than 0.1 below the highest:
 
     - "two gradient-free", "two gradient-based": the two of that kind with the highest rho; "one of each": the best of
       both kinds.
