@@ -7,10 +7,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ..errors import InputError
-from .aggregation import COMBINATIONS
 from .information import Binning
-from .libra import Combination, Combined, Pool, weigh
+from .libra import Combination, Combined, Pool, check_combination, weigh
 
 GRADIENT_BASED: Mapping[str, bool] = MappingProxyType(
     {
@@ -48,8 +46,7 @@ def ablations(
 ) -> dict[str, Combined]:
     """Returns the pairs and triples of L-SWAG's table 4, each combined as :func:`.libra.libra` combines its choice.
 
-    The table names its rows but not the rules behind them; these are ours, "in reach" being a rho less than 0.1 below
-    the highest:
+    The rules behind its rows are ours; "in reach" is a rho less than 0.1 below the highest:
 
     - "two gradient-free", "two gradient-based": the two of that kind with the highest rho; "one of each": the best of
       both kinds.
@@ -63,8 +60,7 @@ def ablations(
     `gradient_based` says whether a proxy needs gradients, proxies that it lacks being of neither kind; `seed` is of the
     random choices. The other arguments, and the errors, are those of `libra`.
     """
-    if combine not in COMBINATIONS:
-        raise InputError(f"combine is one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    check_combination(combine, resamples)
     pool = weigh(scores, accuracy, params, oriented=oriented, bins=bins, binning=binning, bias=bias)
     found = {}
     for name, (names, wanted) in _rows(pool, gradient_based, np.random.default_rng(seed)).items():

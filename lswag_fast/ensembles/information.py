@@ -1,8 +1,8 @@
 """Entropies of discretised columns, in bits: the plug-in estimate from counts in bins.
 
 NAS-Bench-Suite-Zero (Krishnakumar et al., NeurIPS 2022) introduced H(y | z1, ..., zk) of accuracies given proxies:
-accuracies and proxies are cut into bins, and the entropies are those of the counts. Its bins are not fixed by the text
-that L-SWAG cites, so they are options here, and the defaults are ours:
+accuracies and proxies are cut into bins, and the entropies are those of the counts. How many bins it takes, and of
+which kind, could not be established, so both are options here, and the defaults are ours:
 
 - `frequency` (default): bins that hold equally many architectures. A proxy and its logarithm, or any other increasing
   function of it, then have the same information, as they have the same rho. Ties stay together.

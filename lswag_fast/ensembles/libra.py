@@ -160,8 +160,7 @@ def libra(
     Raises InputError for columns of different lengths, fewer than ten architectures or known accuracies, accuracies
     that are infinite or all equal, parameter counts that are missing, no usable proxy, and unknown options.
     """
-    if combine not in COMBINATIONS:
-        raise InputError(f"combine is one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    check_combination(combine, resamples)
     pool = weigh(scores, accuracy, params, oriented=oriented, bins=bins, binning=binning, bias=bias)
     names, reasons, notes = [pool.best], [_first_reason(pool)], list(pool.notes)
     if pool.near:
@@ -205,10 +204,11 @@ def weigh(
     if not isinstance(scores, Mapping):
         raise InputError(f"scores maps names of proxies to their values, got {type(scores).__name__}")
     for name, values in scores.items():
-        if len(values) != len(accuracies):
+        count = len(numbers(f"scores[{name!r}]", values))
+        if count != len(accuracies):
             raise InputError(
-                f"each proxy needs one value an architecture: {len(accuracies)} accuracies, but {len(values)} values "
-                f"of {name}"
+                f"each proxy needs one value an architecture: {len(accuracies)} accuracies, but {count} values of "
+                f"{name}"
             )
     _check(accuracies, counts, known)
     bins = checked_bins(bins, binning, int(known.sum()))
@@ -228,6 +228,14 @@ def weigh(
         binning=binning,
         notes=(*table.notes, *_notes(table.columns, accuracies, counts, rho, oriented)),
     )
+
+
+def check_combination(combine: str, resamples: int) -> None:
+    """Raises InputError where `combine` or `resamples` is not what :func:`libra` takes."""
+    if combine not in COMBINATIONS:
+        raise InputError(f"combine is one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    if isinstance(resamples, bool) or not isinstance(resamples, int | np.integer) or resamples < 0:
+        raise InputError(f"resamples is a number of resamples, 0 for no interval, got {resamples!r}")
 
 
 def _check(accuracy: Floats, params: Floats, known: NDArray[np.bool_]) -> None:

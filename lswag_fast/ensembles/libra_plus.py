@@ -89,8 +89,7 @@ def libra_plus(
     table = read_table(scores)
     rows = _indices(labelled, table.rows)
     accuracy = _accuracies(accuracy_of_labelled, rows)
-    if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= len(rows):
-        raise InputError(f"folds is a number from 2 to that of labels ({len(rows)}), got {folds!r}")
+    _check_options(seed, folds, len(rows))
     recipes = _recipes()
     features = _features(list(table.columns.values()))
     targets = {"accuracy": (accuracy - accuracy.mean()) / accuracy.std(), "normal scores": _normal_scores(accuracy)}
@@ -203,8 +202,18 @@ def _average(predictions: Sequence[Floats], weights: Floats) -> Floats:
     return total
 
 
+def _check_options(seed: int, folds: int, labels: int) -> None:
+    if isinstance(folds, bool) or not isinstance(folds, int | np.integer) or not 2 <= folds <= labels:
+        raise InputError(f"folds is a number from 2 to that of labels ({labels}), got {folds!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is a number from 0 to 2^32 - 1, got {seed!r}")
+
+
 def _indices(labelled: Sequence[int], rows: int) -> NDArray[np.intp]:
-    indices = np.asarray(labelled)
+    try:
+        indices = np.asarray(labelled)
+    except ValueError as error:
+        raise InputError(f"labelled is a list of row indices: {error}") from error
     if indices.ndim != 1 or (indices.size and not np.issubdtype(indices.dtype, np.integer)):
         raise InputError(
             f"labelled is a list of row indices, got an array of {indices.dtype} of shape {indices.shape}; turn a mask "

@@ -239,6 +239,8 @@ def test_options_of_combination():
         ({"combine": "product"}, "combine is one of rank_sum, mean_log_rank"),
         ({"binning": "equal"}, "binning is one of"),
         ({"bins": 0}, "bins is None"),
+        ({"resamples": -1}, "resamples is a number"),
+        ({"scores": {"one": 3.0}}, r"scores\['one'\] must be a list of numbers"),
     ],
 )
 def test_input_that_cannot_be_used(changes: dict[str, object], message: str):

@@ -118,6 +118,7 @@ def test_the_average_is_of_predictions_on_one_scale():
         (np.ones(100, bool), range(100), "numpy.flatnonzero"),
         (np.arange(12) / 1.0, range(12), "list of row indices"),
         ([[0, 1]] * 6, range(12), "list of row indices"),
+        ([[0, 1], [2]], range(12), "list of row indices"),
     ],
 )
 def test_labels_that_cannot_be_used(labelled: object, accuracies: object, message: str):
@@ -131,6 +132,13 @@ def test_folds_that_cannot_be_used(folds: int):
     scores, _ = benchmark(rows=100)
     with pytest.raises(InputError, match="folds is a number from 2"):
         libra_plus(scores, range(12), range(12), folds=folds)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, 2**32])
+def test_seeds_that_cannot_be_used(seed: int):
+    scores, _ = benchmark(rows=100)
+    with pytest.raises(InputError, match="seed is a number from 0"):
+        libra_plus(scores, range(12), range(12), seed=seed)
 
 
 def test_columns_of_different_lengths():

@@ -87,13 +87,13 @@ def test_labels_of_a_draw_are_nested_and_not_judged(tables: Path):
 
 def test_resampled_rhos_are_spearmans():
     generator = np.random.default_rng(0)
-    scores = [{"method": generator.normal(size=80)} for _ in range(3)]
-    table = study.Table("t", {}, generator.normal(size=80))
+    scores = [{"method": generator.normal(size=160)} for _ in range(3)]
+    table = study.Table("t", {}, generator.normal(size=160))
     found = study._resampled(table, scores, 5)["method"]
     judged = [study._unlabelled(table, draw, study.LABELS) for draw in range(3)]
     again = np.random.default_rng(0)
     for value in found:
-        rows, drawn = again.integers(80, size=80), again.integers(3, size=3)
+        rows, drawn = again.integers(160, size=160), again.integers(3, size=3)
         expected = []
         for draw in drawn:
             kept = rows[judged[draw][rows]]
