@@ -19,7 +19,7 @@ from ..laboratory import plots, report
 from ..laboratory.joining import accuracy_columns, joined, own_tasks, scores_of, text_key
 from ..laboratory.study import MIN_ARCHITECTURES, Row, TaskStudy, study
 from ..laboratory.tables import Arch, Table, read
-from .tables import _console
+from .tables import console
 
 _SHOWN = 15
 _OF_LSWAG = ("lswag", "lambda", "psi", "parameters", "multiply_adds", "sum_log_numel", "positions")
@@ -238,7 +238,7 @@ def _show(done: TaskStudy) -> None:
         table.add_column(heading, justify="left" if heading == "proxy" else "right", no_wrap=True)
     for row in done.rows[:_SHOWN]:
         table.add_row(*_cells(row))
-    _console().print(table)
+    console().print(table)
     if len(done.rows) > _SHOWN:
         print(f"  and {len(done.rows) - _SHOWN} others in the report")
     for row in done.rows:

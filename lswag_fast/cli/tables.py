@@ -71,7 +71,7 @@ def ranking(records: Sequence[Record], by: str = "lswag") -> None:
             *(f"{counts.parameters / 1e6:.2f} M", f"{counts.multiply_adds / 1e9:.3f} G"),
             *(f"{saturation.ratio:.3f}", short_arch(r.arch)),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def short_arch(arch: Mapping[str, Any]) -> str:
@@ -98,7 +98,7 @@ def show_spaces(*, as_json: bool) -> None:
         parameters, macs = f"{low / 1e6:.1f} to {high / 1e6:.1f} M", f"{least / 1e9:.2f} to {most / 1e9:.2f} G"
         count = row["candidates"]
         table.add_row(row["name"], f"{count:.3g}" if count >= 1e6 else f"{count:,}", parameters, macs, options)
-    _console().print(table)
+    console().print(table)
 
 
 def show_proxies(*, as_json: bool) -> None:
@@ -115,7 +115,7 @@ def show_proxies(*, as_json: bool) -> None:
         table.add_column(heading, overflow="fold")
     for proxy in found:
         table.add_row(proxy.name, "yes" if proxy.gradient_based else "no", proxy.source)
-    _console().print(table)
+    console().print(table)
 
 
 def show_checks(*, as_json: bool) -> int:
@@ -160,5 +160,5 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _console() -> Console:
+def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_WIDTH_IN_A_PIPE)
