@@ -29,8 +29,10 @@ _POINTERS = {
 
 
 _PLAIN = ((False, False),)
-_DETAILS = (*_PLAIN, (True, False), (False, True), (True, True))
-"""Whether signed moments, and whether maps are asked for."""
+_DETAILS = (*_PLAIN, (True, False), (True, True))
+_EVERY_DETAIL = (*_DETAILS, (False, True))
+"""Whether signed moments, and whether maps are asked for. Maps alone take the tile of both, with half the values in
+registers, so one kernel shows it for all."""
 
 
 def variants() -> Iterator[Variant]:
@@ -61,7 +63,7 @@ def variants() -> Iterator[Variant]:
 def _of_tiles(architecture: int) -> Iterator[Variant]:
     # float16 and vectors of 4 differ from the first row in their loads alone, so their details are not compiled.
     for name, source, kind, unit, details in (
-        ("bf16", tl.bfloat16, HALF, 8, _DETAILS),
+        ("bf16", tl.bfloat16, HALF, 8, _EVERY_DETAIL),
         ("fp16", tl.float16, HALF, 8, _PLAIN if architecture == 90 else ()),
         ("bf16, widths divisible by 4", tl.bfloat16, HALF, 4, _PLAIN),
         ("bf16, odd widths", tl.bfloat16, HALF, 1, _DETAILS),
@@ -112,8 +114,9 @@ def _of_depthwise() -> Iterator[Variant]:
         ("float32, sums in float64", tl.float32, FLOAT64),
     ):
         for taps, tile in DEPTHWISE_TILES[kind].items():
-            # Signed moments and maps are of a tile's weights, not its positions: where most fit, fewer do.
-            for signed, maps in _DETAILS if taps == 32 else _PLAIN:
+            # Signed moments and maps are of a tile's weights, not its positions: where most fit, fewer do. Types differ
+            # in their loads alone.
+            for signed, maps in _DETAILS if taps == 32 and name != "float32" else _PLAIN:
                 constants = without_product(constants_of(tile, kind, source, maps=maps, signed=signed))
                 yield Variant(
                     f"gradient_moments depthwise {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",

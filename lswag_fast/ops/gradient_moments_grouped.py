@@ -155,9 +155,16 @@ def _all_or_nan(counted: Sequence[float]) -> list[float]:
 
 
 def _tensors(name: str, given: Any) -> list[Tensor]:
+    """Returns the tensors of an argument; most can be read as they are."""
     tensors = given if isinstance(given, (list, tuple)) else [given]
-    plain = [t for t in tensors if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_neg()]
-    return plain if len(plain) == len(tensors) > 0 else listed(name, given)
+    return list(tensors) if tensors and all(map(_is_plain, tensors)) else listed(name, given)
+
+
+def _is_plain(given: Any) -> bool:
+    """Tells whether memory holds the values of a tensor, and it holds no graph."""
+    if not isinstance(given, Tensor) or given.layout is not torch.strided:
+        return False
+    return not (given.requires_grad or given.is_neg())
 
 
 def _check_one_device(device: torch.device, tensors: Sequence[Tensor]) -> None:

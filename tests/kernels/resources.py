@@ -53,12 +53,10 @@ def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([TOOL, what, file.name], check=True, capture_output=True, text=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
+        command = [TOOL, "-res-usage", "-sass", file.name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code)
+    assert found is not None, code
     return {
         "registers": int(found[1]),
         "stack_bytes": int(found[2]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def test_gradients_of_one_value_are_dead_and_those_that_change_sign_are_not(devi
     assert moments.signed.mean_signal_to_noise == moments.signed.mean_abs_mean == moments.signed.sign_agreement == 0
 
 
+def test_what_rounding_alone_could_make_is_dead(device: torch.device) -> None:
+    a, last_bit = torch.ones(4, 1, 8), torch.tensor([0.0, 1.0, 0.0, 1.0]).view(4, 1, 1) * 2.0**-23
+    moments = gradient_moments(a.to(device), (torch.ones(4, 1, 8) + last_bit).to(device), signed=True)
+    assert moments.signed is not None
+    assert 0 < moments.signed.mean_sigma < reference.DEAD
+    assert 0 < moments.mean_sigma < reference.DEAD
+    assert moments.signed.dead == moments.dead == 64
+    assert moments.signed.mean_signal_to_noise is None
+
+
 def test_dead_rows_count_as_dead_and_agree_in_nothing(device: torch.device) -> None:
     a, d = normal(0, 8, 9, 48), normal(1, 8, 9, 24)
     a[:, :, 7] = 0
@@ -168,6 +179,13 @@ def test_a_problem_has_the_same_bits_whatever_shares_its_launch(device: torch.de
     assert gradient_moments_grouped(together) == alone
     assert gradient_moments_grouped(together[::-1]) == alone[::-1]
     assert [m.signed is not None for m in alone] == [p.signed for p in together]
+
+
+def test_nothing_is_read_that_no_kernel_wrote(device: torch.device, poisoned: Any) -> None:
+    with poisoned():
+        launched = launch_gradient_moments(mixed(device))._launched
+    assert launched is not None
+    assert torch.isfinite(launched.results).all()
 
 
 def test_the_cpu_kernels_take_the_same_problems(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
