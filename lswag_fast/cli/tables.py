@@ -161,4 +161,5 @@ def _short(value: Any) -> str:
 
 
 def console() -> Console:
+    """Returns the console of a command: as wide as the terminal, and wide enough for a table where it is piped."""
     return Console() if sys.stdout.isatty() else Console(width=_WIDTH_IN_A_PIPE)
