@@ -13,6 +13,7 @@ import csv
 import gzip
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from lswag_fast import Scorer, images
 from lswag_fast.correlation import Floats
 from lswag_fast.laboratory.study import Task, study
+from lswag_fast.layer_statistics import layer_statistics, window_trainability
 from lswag_fast.records import Record
 from lswag_fast.spaces import NASBench201Space
 
@@ -75,26 +77,14 @@ def scores(cells: Sequence[Any], arm: str, seed: int, store: Path) -> list[Recor
     return [by_cell[space.encode(cell)] for cell in cells]
 
 
-def trainability(record: Record, numerator: str, window: tuple[int, int]) -> float:
-    """Returns Lambda with another numerator and window, from the layers of a score."""
-    field = "log_sum_inverse_sigma" if numerator == "1" else "log_sum_mean_over_sigma"
-    terms = [getattr(r, field) for r in record.layers if window[0] <= r.percentile <= window[1]]
-    return math.fsum(term for term in terms if term is not None)
-
-
 def predictors(records: Sequence[Record], window: tuple[int, int]) -> dict[str, list[float]]:
     """Returns the rows of table 3, other proxies and the counts: a value a cell, NaN where it failed."""
     columns: dict[str, Callable[[Record], float]] = {}
-    for numerator in ("mu", "1"):
+    for shown, numerator in (("mu", "mean"), ("1", "one")):
         for place, chosen in (("", (0, 100)), (", window", window)):
-            name = f"{numerator} / sigma"
-
-            def value(record: Record, n: str = numerator, w: tuple[int, int] = chosen) -> float:
-                return trainability(record, n, w)
-
-            columns[name + place] = value
-            # Psi of the whole network in both: windows are chosen to end behind the last activation.
-            columns[f"{name} x Psi{place}"] = lambda r, value=value: value(r) * (r.expressivity or 0)
+            value = partial(_trainability, window=chosen, numerator=numerator)
+            columns[f"{shown} / sigma{place}"] = value
+            columns[f"{shown} / sigma x Psi{place}"] = lambda r, value=value: value(r) * (r.expressivity or 0)
     columns |= {
         name: lambda r, key=key: study_tables.number(r.proxies.get(key))
         for name, key in (("SWAP", "swap"), ("NWOT", "nwot"), ("grad norm", "grad_norm"), ("SNIP", "snip"))
@@ -107,16 +97,39 @@ def predictors(records: Sequence[Record], window: tuple[int, int]) -> dict[str, 
     return {name: [value(r) if r.status == "ok" else math.nan for r in records] for name, value in columns.items()}
 
 
+def _trainability(record: Record, window: tuple[int, int], numerator: Any) -> float:
+    return window_trainability(record.layers, window, numerator=numerator)
+
+
+def windows(by_arm: Mapping[str, Sequence[Sequence[Record]]], accuracy: Mapping[str, Floats]) -> dict[str, Any]:
+    """Returns, for each arm, the window that log sigma suggests, and for each accuracy the best one in hindsight."""
+    found = {}
+    for arm, repeats in by_arm.items():
+        statistics = layer_statistics(record.layers for records in repeats for record in records)
+        rho = {task: statistics.window_rho(np.tile(values, len(repeats))) for task, values in accuracy.items()}
+        best = {task: np.unravel_index(np.nanargmax(table), table.shape) for task, table in rho.items()}
+        found[arm] = {
+            "suggested": statistics.suggestion().window,
+            "why": statistics.suggestion().reason,
+            "mean_log_sigma": statistics.profile().mean.tolist(),
+            "best": {
+                t: [10 * int(first), 10 * int(last), float(rho[t][first, last])] for t, (first, last) in best.items()
+            },
+            "whole": {task: float(table[0, 10]) for task, table in rho.items()},
+        }
+    return found
+
+
 def tasks(
     by_arm: Mapping[str, Sequence[Sequence[Record]]],
     accuracy: Mapping[str, Floats],
     cells: Sequence[str],
-    window: tuple[int, int],
+    chosen: Mapping[str, Any],
 ) -> dict[str, list[Task]]:
     """Returns one task an accuracy, for each arm."""
     found = {}
     for arm, repeats in by_arm.items():
-        tables = [predictors(records, window) for records in repeats]
+        tables = [predictors(records, chosen[arm]["suggested"]) for records in repeats]
         columns = {name: np.array([table[name] for table in tables]) for name in tables[0]}
         found[arm] = [Task(ACCURACIES[name], cells, values, columns, COUNTS) for name, values in accuracy.items()]
     return found
@@ -131,17 +144,28 @@ def published(table: Path, cells: Sequence[str]) -> dict[str, Floats]:
 
 def markdown(settings: Mapping[str, Any], studies: Mapping[str, Any]) -> str:
     """Returns the study as text and tables."""
-    first, last = settings["window"]
     lines = [
         "# Rank correlation with the accuracy of trained NAS-Bench-201 cells",
         "",
         f"{settings['cells']} random cells of the 15,625, with their published validation accuracies; S = {SAMPLES} "
         f"crops of photographs at 32x32; {settings['repeats']} repeats, each with images, labels and weights of its "
-        f"own; the window is {first} to {last} percent of depth. {study_tables.HOW_TO_READ} The last column has table "
-        "3 of the paper (1000 cells, images of the data sets themselves) where it has the row.",
+        f"own. {study_tables.HOW_TO_READ} The last column has table 3 of the paper (1000 cells, images of the data "
+        "sets themselves) where it has the row. Lambda is taken over the whole network or over the window; Psi is always "
+        "that of the whole network.",
     ]
     for arm, found in studies.items():
-        lines += ["", f"## {arm}", "", *study_tables.table(found, {"the paper": PAPER})]
+        window = settings["windows"][arm]
+        best = "; ".join(f"{ACCURACIES[t]}: {a} to {b}, {rho:.2f}" for t, (a, b, rho) in window["best"].items())
+        whole = ", ".join(f"{rho:.2f}" for rho in window["whole"].values())
+        lines += [
+            "",
+            f"## {arm}",
+            "",
+            f"Window suggested by log sigma: {window['suggested'][0]} to {window['suggested'][1]} percent of depth "
+            f"({window['why']}). Best of the 66 windows for Lambda, in hindsight: {best} (whole network: {whole}).",
+            "",
+            *study_tables.table(found, {"the paper": PAPER}),
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -151,7 +175,6 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=measure.RESULTS / f"{NAME}.db", help="where scores are kept")
     parser.add_argument("--cells", type=int, default=CELLS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--window", type=int, nargs=2, default=(0, 100), help="first and last percentile of depth")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -162,10 +185,11 @@ def main() -> None:
         for arm in ARMS:
             found[arm].append(scores(cells, arm, seed, arguments.store))
     encoded = [space.encode(cell) for cell in cells]
-    window = (arguments.window[0], arguments.window[1])
-    by_arm = tasks(found, published(arguments.table, encoded), encoded, window)
+    accuracy = published(arguments.table, encoded)
+    chosen = windows(found, accuracy)
+    by_arm = tasks(found, accuracy, encoded, chosen)
     studies = {arm: study(of_arm) for arm, of_arm in by_arm.items()}
-    settings = {"cells": len(cells), "repeats": arguments.repeats, "samples": SAMPLES, "window": window}
+    settings = {"cells": len(cells), "repeats": arguments.repeats, "samples": SAMPLES, "windows": chosen}
     study_tables.write(NAME, settings | {"paper": PAPER}, studies, markdown(settings, studies))
 
 
