@@ -149,9 +149,9 @@ def markdown(settings: Mapping[str, Any], studies: Mapping[str, Any]) -> str:
         "",
         f"{settings['cells']} random cells of the 15,625, with their published validation accuracies; S = {SAMPLES} "
         f"crops of photographs at 32x32; {settings['repeats']} repeats, each with images, labels and weights of its "
-        f"own. {study_tables.HOW_TO_READ} The last column has table 3 of the paper (1000 cells, images of the data "
-        "sets themselves) where it has the row. Lambda is taken over the whole network or over the window; Psi is always "
-        "that of the whole network.",
+        f"own. {study_tables.HOW_TO_READ} The last column has table 3 of the paper (1000 cells, images of the "
+        "data sets themselves) where it has the row. Lambda is taken over the whole network or over the window; Psi is "
+        "always that of the whole network.",
     ]
     for arm, found in studies.items():
         window = settings["windows"][arm]
