@@ -139,14 +139,17 @@ def score(
             scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
             return scored.result(options, caught, start)
 
-        result = _attempted(attempt)
+        result = attempted(attempt)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
 
 
-def _attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
-    """Returns what an attempt gives; where it fails for what it keeps until the end, the next keeps one weight."""
+def attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
+    """Returns attempt(False); where it fails for what it keeps until the end, attempt(True), with a weight at a time.
+
+    Raises ScoreError where memory runs out again.
+    """
     try:
         return attempt(False)
     except (torch.OutOfMemoryError, OperandsChangedError):

@@ -26,7 +26,7 @@ from ..proxies.network import Network
 from ..proxies.proxy import Need
 from ..proxies.result import LswagResult
 from ..proxies.statistics import PassStatistics
-from ..scoring import Scored, clock_of
+from ..scoring import Scored, attempted, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, Weights
@@ -69,14 +69,9 @@ class AutoFormerEngine:
         Where a device runs out of memory, the candidate is scored once more, one weight at a time.
 
         Raises:
-            ScoreError: a loss is not finite.
+            ScoreError: a loss is not finite, or memory runs out the second time too.
         """
-        try:
-            return self.launch(arch).finish()
-        except torch.OutOfMemoryError:
-            pass  # what the first attempt holds is free once the error is
-        torch.cuda.empty_cache()
-        return self.launch(arch, at_once=True).finish()
+        return attempted(lambda at_once: self.launch(arch, at_once=at_once).finish())
 
     def launch(self, arch: Arch, *, at_once: bool = False) -> PendingScore:
         """Starts the score of a candidate; on a device nothing here waits for it, unless weights go one at a time."""
