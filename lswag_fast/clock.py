@@ -21,7 +21,8 @@ class Clock:
 
     def __init__(self, device: str, *, running: bool = True) -> None:
         self._running = running
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
         self._labels = [""]
         self._marks: list[tuple[str, Any]] = []
 
@@ -52,6 +53,7 @@ class Clock:
         if not self._cuda:
             self._marks.append((self._labels[-1], time.perf_counter()))
             return
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        with torch.cuda.device(self._device):  # whichever is current: the backward pass has a thread of its own
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
         self._marks.append((self._labels[-1], event))

@@ -47,7 +47,7 @@ class Record:
         if not (math.isfinite(result.lswag) and math.isfinite(result.trainability)):
             error = f"the score is not finite: lswag {result.lswag}, trainability {result.trainability}"
             return Record(key, dict(arch), "error", error, warnings=result.warnings, seconds=result.seconds)
-        taken = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "options"}
+        taken = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("options", "proxy_details")}
         taken["proxies"] = {n: v if math.isfinite(v) else None for n, v in result.proxies.items()}
         return Record(key, dict(arch), "ok", **taken)
 

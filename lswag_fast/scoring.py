@@ -30,6 +30,7 @@ from .proxies.evidence import Evidence
 from .proxies.network import Network
 from .proxies.proxy import Proxy
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
+from .proxies.shared_work import SharedWork
 from .proxies.statistics import OperandsChangedError, PassStatistics
 
 Loss = Callable[[Any, Any], Tensor]
@@ -130,14 +131,16 @@ def score(
         with clock("trace"):
             probe(plan, sandbox, take(images, 2))
 
+        def network(shared: SharedWork) -> Network:
+            return Network(sandbox, plan, images, labels, loss_or_default, seed, shared)
+
         def attempt(at_once: bool) -> LswagResult:
-            network = Network(sandbox, plan.copy(), images, labels, loss_or_default, seed, clock)
-            statistics = PassStatistics(plan, resolved, samples, clock, parameters=sandbox.parameters, at_once=at_once)
+            own = plan.copy()  # a pass leaves out what nobody looks at
+            statistics = PassStatistics(own, resolved, samples, clock, parameters=sandbox.parameters, at_once=at_once)
             assert resolved.groups is not None
-            losses = run_capture(plan, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
+            losses = run_capture(own, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
             statistics.launch()
-            scored = Scored(plan, statistics, resolved, clock, losses, lambda: network)
-            return scored.result(options, caught, start)
+            return Scored(own, statistics, resolved, clock, losses, network).result(options, caught, start)
 
         result = attempted(attempt)
     if result.uncovered:
@@ -189,7 +192,7 @@ class Scored:
     options: ScoreOptions  # resolved
     clock: Clock
     losses: Tensor  # [S]
-    make_network: Callable[[], Network]
+    make_network: Callable[[SharedWork], Network]
 
     def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
         """Waits for the pass and returns its result; `start` is when the score began.
@@ -222,6 +225,7 @@ class Scored:
             uncovered=self.plan.uncovered,
             warnings=(*messages, *found.messages, *dict.fromkeys(str(w.message) for w in caught)),
             proxies=found.values,
+            proxy_details=found.details,
             proxy_seconds=proxy_seconds(proxies, found, self.clock) if _several(self.options) else {"lswag": seconds},
             seconds=seconds,
             options=self.options.to_dict(),
@@ -240,6 +244,7 @@ class Scored:
             words=self.statistics.words(),
             pattern_samples=self.options.pattern_samples,
             make_network=self.make_network,
+            shared=SharedWork(self.clock),
         )
 
 

@@ -34,6 +34,7 @@ RESULT = LswagResult(
     warnings=("careful",),
     proxies={"lswag": 12.0, "nwot": math.nan},
     proxy_seconds={"lswag": 0.125, "nwot": 0.0625},
+    proxy_details={},
     seconds=0.125,
     options={},
 )

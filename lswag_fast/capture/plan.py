@@ -60,6 +60,8 @@ class Plan:
     uncovered: tuple[str, ...]
     multiply_adds: int  # of one image
     parameters: int
+    observed: dict[int, Use] = field(default_factory=dict)
+    """Calls of layers on the slow path whose samples are known: their outputs can be read, their gradients are not."""
 
     def copy(self) -> Plan:
         """Returns a plan of its own layers, which changes to this one leave alone."""

@@ -39,6 +39,7 @@ def resolve(sandbox: Sandbox, first: Recording, second: ShapeTracer, extra_param
         uncovered=resolver.uncovered,
         multiply_adds=first.multiply_adds - (TRACE_BATCHES[0] - 1) * per_image // images,
         parameters=sum(p.numel() for p in sandbox.originals.values()),
+        observed=resolver.observed(layers),
     )
 
 
@@ -51,6 +52,7 @@ class _Resolver:
         self._reached_nodes, self._left_over = first.provenance.reachable([first.loss])
         self._axes: dict[int, SampleAxis | str] = {}
         self._swapped: dict[int, bool] = {}
+        self._observable: set[str] = set()
         self.coupled = _coupled_layer(sandbox) if first.coupled else None
         self.uncovered: tuple[str, ...] = ()
 
@@ -77,7 +79,10 @@ class _Resolver:
             layer.slow_reason = layer.slow_reason or "asked for by extra_parameters"
         coupled = f"the samples are coupled by {self.coupled}" if self.coupled else None
         for layer in found.values():
-            layer.slow_reason = coupled or layer.slow_reason or self._reason_against_fusing(layer)
+            own_reason = layer.slow_reason or self._reason_against_fusing(layer)
+            layer.slow_reason = coupled or own_reason
+            if coupled and own_reason is None:
+                self._observable.add(layer.name)
         self.uncovered = tuple(sorted(uncovered - found.keys()))
         if not found:
             raise InputError(
@@ -107,6 +112,21 @@ class _Resolver:
             swapped = self._swapped.get(index, False)
             actions.append(Use(index, positions[call.weight], axis, swapped, call.weight_on_right))
         return actions
+
+    def observed(self, layers: list[Layer]) -> dict[int, Use]:
+        """Returns the uses of layers that would be fused if samples were not coupled, by the call."""
+        found: dict[int, Use] = {}
+        for position, layer in enumerate(layers):
+            reached = [i for i in layer.calls if self._first.calls[i].node in self._reached_nodes]
+            axes = {i: self._axes[i] for i in reached} if layer.name in self._observable else {}
+            for index, axis in axes.items():
+                # Which entries of a folded axis are whose is told by changing an image, which changes all of them here.
+                if any(not isinstance(a, SampleAxis) or a.factor != 1 for a in axes.values()):
+                    break
+                assert isinstance(axis, SampleAxis)
+                on_right = self._first.calls[index].weight_on_right
+                found[index] = Use(index, position, axis, self._swapped.get(index, False), on_right)
+        return found
 
     def _layer(self, name: str, index: int) -> Layer:
         return Layer(name, self._sandbox.originals[name].numel(), index)

@@ -17,12 +17,9 @@ from . import functions as fn
 from . import intercept
 from .functions import Kind
 from .plan import Activation, Layer, Plan, Use
-from .samples import SampleAxis
 from .sandbox import Sandbox
 
 Loss = Callable[[Any, Any], Tensor]
-
-_WITH_OUTPUTS = (Kind.LINEAR, Kind.MATMUL, Kind.CONVOLUTION)
 
 
 class Consumer(Protocol):
@@ -76,7 +73,6 @@ class CaptureMode(TorchFunctionMode):
         self._operands: dict[int, Tensor] = {}
         self.delivered: set[int] = set()  # layers handed over, by position in the plan
         self._uses = [sum(isinstance(a, Use) and a.layer == i for a in plan.actions) for i in range(len(plan.layers))]
-        self._layer_of = {c: i for i, layer in enumerate(plan.layers) for c in layer.calls if layer.kept}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,29 +93,26 @@ class CaptureMode(TorchFunctionMode):
             out = self._product(action, kind, func, args, kwargs)
         else:
             out = func(*args, **kwargs)
-        # Of layers on the slow path of a model whose samples are not coupled, the samples cannot be told.
-        seen = kind in _WITH_OUTPUTS and (action is not None or self._plan.coupled is not None)
-        if seen and out.requires_grad and index in self._layer_of and self._consumer.wants_outputs():
-            self._observe(index, action, out, lambda: func(*args, **kwargs))
+        use = action if action is not None else self._plan.observed.get(index)
+        if use is not None and out.requires_grad and self._plan.layers[use.layer].kept:
+            self._observe(use, kind, out, lambda: func(*args, **kwargs))
         return out
 
-    def _observe(self, index: int, action: Use | None, out: Tensor, again: Callable[[], Tensor]) -> None:
+    def _observe(self, use: Use, kind: Kind, out: Tensor, again: Callable[[], Tensor]) -> None:
         """Hands over an output of a layer once its gradient is known; computes it again where it was overwritten."""
-        layer = self._plan.layers[self._layer_of[index]]
-        axis = action.axis if action is not None else SampleAxis(0, len(out) // self._samples)
-        kind = self._plan.kinds[index]
-        channel_axis = -1
-        if kind is Kind.CONVOLUTION:
-            channel_axis = 1 - out.dim()
-        elif action is not None and not action.weight_on_right:
-            channel_axis = -2
+        if not self._consumer.wants_outputs():
+            return
+        channel_axis = 1 - out.dim() if kind is Kind.CONVOLUTION else -1
         kept, version = out.detach(), out._version
+
+        def by_sample(tensor: Tensor) -> Tensor:
+            rows = tensor.detach() if use.weight_on_right else tensor.detach().transpose(-1, -2)
+            return use.axis.split(rows, self._samples)
 
         def observed(grad: Tensor) -> None:
             with torch.no_grad():
                 output = kept if kept._version == version else again()
-            output, grad = (axis.split(t.detach(), self._samples) for t in (output, grad))
-            self._consumer.output(layer, output, grad, channel_axis)
+            self._consumer.output(self._plan.layers[use.layer], by_sample(output), by_sample(grad), channel_axis)
 
         out.register_hook(observed)  # type: ignore[no-untyped-call]
 

@@ -76,6 +76,15 @@ class Sandbox:
         self.dtype = dtype
         self._attributes = _Attributes(model)
 
+    def cast(self, dtype: torch.dtype) -> Sandbox:
+        """Returns a sandbox of the same model in another dtype.
+
+        It knows the model's attributes from before any pass of this one filled a cache.
+        """
+        other = Sandbox(self.model, dtype)
+        other._attributes = self._attributes
+        return other
+
     def __call__(self, images: Tensor) -> Any:
         """Runs the forward pass on the copies."""
         return self.run(self.parameters, self.buffers, images)
@@ -121,6 +130,20 @@ def check_device(model: nn.Module, device: str) -> None:
 
 
 @contextmanager
+def random_states() -> Iterator[None]:
+    """Puts the states of Python's and torch's random generators back."""
+    python_rng, cpu_rng = random.getstate(), torch.get_rng_state()
+    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python_rng)
+        torch.set_rng_state(cpu_rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state_all(cuda_rng)
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Sets a model and torch up for scoring, and puts everything back, also after an exception.
 
@@ -128,20 +151,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
     deterministic algorithms, IEEE float32 products.
     """
     attributes = _Attributes(model)
-    python_rng, cpu_rng = random.getstate(), torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         for module in model.modules():
             if not isinstance(module, _NormBase):
                 module.training = False
-        with torch_settings():
+        with random_states(), torch_settings():
             yield
     finally:
         attributes.restore(modes=True)
-        random.setstate(python_rng)
-        torch.set_rng_state(cpu_rng)
-        if cuda_rng is not None:
-            torch.cuda.set_rng_state_all(cuda_rng)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture import Activation, Layer, Plan, SampleAxis, Sandbox, trace
-from ..capture.sandbox import torch_settings
+from ..capture.sandbox import random_states, torch_settings
 from ..clock import Clock
 from ..losses import CrossEntropy, class_labels
 from ..options import ScoreOptions
 from ..proxies.network import Network
 from ..proxies.proxy import Need
 from ..proxies.result import LswagResult
+from ..proxies.shared_work import SharedWork
 from ..proxies.statistics import PassStatistics
 from ..scoring import Scored, attempted, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
@@ -79,11 +80,11 @@ class AutoFormerEngine:
         clock = clock_of(self._options)
         plan = self._plan(arch)
         statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
-        with torch_settings(), warnings.catch_warnings(record=True) as caught:
+        with random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses = self._run(arch, plan, statistics, clock)
             statistics.launch()
-        scored = Scored(plan, statistics, self._options, clock, losses, partial(self._network, arch, clock))
+        scored = Scored(plan, statistics, self._options, clock, losses, partial(self._network, arch))
         return PendingScore(scored, caught, start)
 
     def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock) -> Tensor:
@@ -107,12 +108,12 @@ class AutoFormerEngine:
                 candidate.backward(grad, deliver, first)
         return losses.detach()
 
-    def _network(self, arch: Arch, clock: Clock) -> Network:
+    def _network(self, arch: Arch, shared: SharedWork) -> Network:
         """Returns the candidate as a module, for proxies that run passes of their own."""
         model = self._supernet.subnet(arch).to(self._options.device).eval()
         sandbox = Sandbox(model, getattr(torch, self._options.dtype))
         plan = trace(sandbox, self._images, self._labels, self._loss)  # the engine's own plan says nothing of calls
-        return Network(sandbox, plan, self._images, self._labels, self._loss, self._options.seed, clock)
+        return Network(sandbox, plan, self._images, self._labels, self._loss, self._options.seed, shared)
 
     def _plan(self, arch: Arch) -> Plan:
         """Returns what a trace of the candidate would find."""
@@ -141,8 +142,10 @@ class PendingScore:
 
     def finish(self) -> LswagResult:
         """Waits for it and returns it; raises ScoreError where a loss is not finite."""
-        with torch_settings():  # for proxies with passes of their own
-            return self.scored.result(self.scored.options, self.caught, self.start)
+        with random_states(), torch_settings(), warnings.catch_warnings(record=True) as later:
+            warnings.simplefilter("always")  # proxies may run passes of their own
+            result = self.scored.result(self.scored.options, self.caught, self.start)
+        return replace(result, warnings=(*result.warnings, *dict.fromkeys(str(w.message) for w in later)))
 
 
 def engine_for(

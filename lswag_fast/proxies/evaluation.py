@@ -10,37 +10,49 @@ import torch
 
 from ..clock import Clock
 from .evidence import Evidence
-from .network import shared_label
 from .proxy import Need, Proxy, UnavailableError
+from .shared_work import label
 
 
 @dataclass
 class Values:
-    """The values of proxies by name, NaN where one failed, warnings about those, and the passes that each shared."""
+    """The values of proxies by name, NaN where one failed, warnings about those, and the work that each shared."""
 
     values: dict[str, float] = field(default_factory=dict)
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     shared: dict[str, set[Hashable]] = field(default_factory=dict)
 
 
 def evaluate(proxies: Sequence[Proxy], evidence: Evidence, clock: Clock) -> Values:
-    """Returns the value of each proxy. One that fails takes none of the others with it; out of memory is raised."""
+    """Returns the value of each proxy. One that fails takes none of the others with it."""
     found = Values()
     for proxy in proxies:
-        evidence.shared.clear()
+        evidence.shared.used.clear()
         try:
             with clock(_own(proxy)):
-                found.values[proxy.name] = float(proxy.value(evidence))
-        except torch.OutOfMemoryError:
-            raise
+                found.values[proxy.name] = _value(proxy, evidence)
+            found.shared[proxy.name] = set(evidence.shared.used)
+            if details := proxy.details(evidence):
+                found.details[proxy.name] = details
+            continue
         except UnavailableError as reason:
-            found.values[proxy.name] = math.nan
             found.messages.append(f"{proxy.name} has no value: {reason}")
         except Exception as error:
-            found.values[proxy.name] = math.nan
-            found.messages.append(f"{proxy.name} failed: {type(error).__name__}: {error}")
-        found.shared[proxy.name] = set(evidence.shared)
+            found.messages.append(f"{proxy.name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        found.values[proxy.name] = math.nan
+        found.shared[proxy.name] = set(evidence.shared.used)
     return found
+
+
+def _value(proxy: Proxy, evidence: Evidence) -> float:
+    """Returns the value, at the second attempt where memory runs out at the first."""
+    try:
+        return float(proxy.value(evidence))
+    except torch.OutOfMemoryError:
+        pass  # what the first attempt holds is free once the error is
+    torch.cuda.empty_cache()
+    return float(proxy.value(evidence))
 
 
 def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, float]:
@@ -54,7 +66,7 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
     forward = spent["trace"] + spent["forward"] + spent[Need.PATTERNS.name]
     took = {}
     for proxy in proxies:
-        own = spent[_own(proxy)] + sum(spent[shared_label(key)] for key in found.shared[proxy.name])
+        own = spent[_own(proxy)] + sum(spent[label(key)] for key in found.shared[proxy.name])
         if proxy.needs:
             own += forward
         kinds = {need.name for need in proxy.needs} - {Need.PATTERNS.name}

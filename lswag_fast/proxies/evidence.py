@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..ops.activation_patterns import hamming_kernel
 from ..ops.gradient_moments import GradientMoments
 from .network import Network
+from .shared_work import SharedWork
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,17 @@ class Evidence:
     groups: int
     words: tuple[Tensor, ...]  # of each activation, packed as in ops/activation_patterns.py
     pattern_samples: int
-    make_network: Callable[[], Network]
+    make_network: Callable[[SharedWork], Network]
+    shared: SharedWork = field(default_factory=SharedWork)
 
     @property
-    def shared(self) -> set[Hashable]:
-        """The keys of the shared passes that were asked for since `network.used` was emptied last."""
-        return self.network.used if "network" in vars(self) else set()
-
-    @cached_property
     def network(self) -> Network:
         """The network and its batch, for passes of a proxy's own."""
-        return self.make_network()
+        network: Network = self.shared.once("network", lambda: self.make_network(self.shared))
+        return network
 
-    @cached_property
+    @property
     def agreements(self) -> Tensor:
         """[pattern_samples, pattern_samples] int64: the positions at which each two samples agree in sign."""
-        return hamming_kernel(self.words, self.pattern_samples)
+        kernel: Tensor = self.shared.once("agreements", lambda: hamming_kernel(self.words, self.pattern_samples))
+        return kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Plan, Sandbox
-from ..clock import Clock
 from ..errors import InputError
 from ..losses import logits_of
 from .proxy import UnavailableError
+from .shared_work import SharedWork
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -27,7 +26,7 @@ class Network:
     Attributes:
         model: the module, for its structure; its own parameters must not be handed to an operation.
         plan: its layers and activations, by first use.
-        images: [S, ...] in `dtype`.
+        images: [S, ...] as they were given; `run` casts them.
         labels: as the loss takes them.
         dtype: of the score.
         seed: of the score, for what a proxy draws; draw on the CPU in float32.
@@ -41,21 +40,17 @@ class Network:
         labels: Any,
         loss: Loss,
         seed: int,
-        clock: Clock | None = None,
+        shared: SharedWork | None = None,
     ) -> None:
         self.model: nn.Module = sandbox.model
         self.plan = plan
         self.dtype = sandbox.dtype
-        self.images = images.detach().to(sandbox.dtype)
+        self.images = images.detach()
         self.labels = labels
         self.seed = seed
         self._loss = loss
-        self._sandboxes = {sandbox.dtype: sandbox}
-        self._results: dict[Hashable, Any] = {}
-        self._clock = clock or Clock("cpu", running=False)
-        self._made_of: dict[Hashable, set[Hashable]] = {}
-        self.used: set[Hashable] = set()
-        """The keys of the shared passes that were asked for; whoever measures a proxy empties it before."""
+        self._sandbox_of_score = sandbox
+        self._shared = shared or SharedWork()
 
     def parameters(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns the parameters by name in `dtype` (None: that of the score), shared by all callers: do not write."""
@@ -71,7 +66,7 @@ class Network:
         """
         sandbox = self._sandbox(dtype)
         buffers = {name: buffer.clone() for name, buffer in sandbox.buffers.items()}
-        return sandbox.run({**sandbox.parameters, **(parameters or {})}, buffers, images)
+        return sandbox.run({**sandbox.parameters, **(parameters or {})}, buffers, images.to(sandbox.dtype))
 
     def losses(self, output: Any, labels: Any = None) -> Tensor:
         """Returns one loss a sample [S] of an output on the batch (or on samples with these labels)."""
@@ -98,27 +93,10 @@ class Network:
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Returns compute(), which is called for the first request with this key only: passes that proxies share."""
-        if key not in self._results:
-            outer, self.used = self.used, set()
-            try:
-                with self._clock(shared_label(key)):
-                    self._results[key] = compute()
-                self._made_of[key] = {key, *self.used}
-            finally:
-                self.used = outer
-        self.used |= self._made_of[key]
-        return self._results[key]
+        return self._shared.once(key, compute)
 
     def _sandbox(self, dtype: torch.dtype | None) -> Sandbox:
-        wanted = self.dtype if dtype is None else dtype
-        if wanted not in self._sandboxes:
-            # A copy of the first sandbox still knows the model's attributes from before any pass filled a cache.
-            sandbox, cast = copy.copy(self._sandboxes[self.dtype]), Sandbox(self.model, wanted)
-            sandbox.parameters, sandbox.buffers, sandbox.dtype = cast.parameters, cast.buffers, wanted
-            self._sandboxes[wanted] = sandbox
-        return self._sandboxes[wanted]
-
-
-def shared_label(key: Hashable) -> str:
-    """Returns the label under which a clock counts the pass with this key."""
-    return f"shared {key}"
+        if dtype in (None, self.dtype):
+            return self._sandbox_of_score
+        sandbox: Sandbox = self.once(("parameters", dtype), lambda: self._sandbox_of_score.cast(dtype))
+        return sandbox

@@ -56,6 +56,7 @@ class LswagResult:
     warnings: tuple[str, ...]
     proxies: dict[str, float]  # those asked for, by name; NaN where a proxy has no value, with a warning that says why
     proxy_seconds: dict[str, float]  # what each would take alone, the part of the shared pass that it needs included
+    proxy_details: dict[str, dict[str, float]]  # what a proxy tells beside its value, such as its conditioning
     seconds: float
     options: dict[str, Any]  # resolved
 

@@ -71,7 +71,7 @@ class CountingScore:
             raise self.errors[model.n]
         layer = LayerRow("w", 1, 100, 1, True, 0, 0.5, 0.5, 1.0, 1.0, None)
         sizes = PatternSaturation(0.5, None), Counts(1, 1, 0.0, 1)
-        return LswagResult(float(model.n), 1.0, model.n, *sizes, (layer,), (1,), (), (), {}, {}, 0.0, {})
+        return LswagResult(float(model.n), 1.0, model.n, *sizes, (layer,), (1,), (), (), {}, {}, {}, 0.0, {})
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_retry_of_what_fails_again_ends(counted: CountingScore) -> None:
 
 def test_score_that_is_not_a_number_fails(counted: CountingScore, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = LswagResult(
-        float("nan"), 1.0, 1, PatternSaturation(0, None), Counts(1, 1, 0, 1), (), (), (), (), {}, {}, 0.0, {}
+        float("nan"), 1.0, 1, PatternSaturation(0, None), Counts(1, 1, 0, 1), (), (), (), (), {}, {}, {}, 0.0, {}
     )
     monkeypatch.setattr(scorer_module.scoring, "score", lambda *_, **__: nan)
     with scorer() as scoring:
