@@ -103,49 +103,78 @@ def score(
     if options.device == "auto" and isinstance(images, Tensor) and images.device.type in ("cpu", "cuda"):
         options = replace(options, device=str(images.device))
     check_images(images, resolve_device(options.device))
-    samples = images.shape[0]
-    resolved = options.resolved(samples)
+    resolved = options.resolved(images.shape[0])
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {describe(model)}")
     check_device(model, resolved.device)
-    loss_or_default: Loss = loss if loss is not None else CrossEntropy()
+    labels = _checked_labels(labels, images.shape[0], loss)
+    with preserved(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        subject = _prepared(model, images, labels, loss, options, resolved)
+        result = attempted(lambda at_once: subject.scored(at_once).result(options, caught, start))
+    if result.uncovered:
+        warnings.warn(f"{result.warnings[0]}", stacklevel=2)
+    return result
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A network and a batch, checked and traced, ready for the pass that is scored."""
+
+    sandbox: Sandbox
+    plan: Plan
+    images: Tensor
+    labels: Any
+    loss: Loss
+    options: ScoreOptions  # resolved
+    clock: Clock
+
+    def scored(self, at_once: bool) -> Scored:
+        """Runs the pass; `at_once` keeps no operand of one weight until those of the others are there."""
+        plan, options, clock = self.plan.copy(), self.options, self.clock  # a pass leaves out what nobody looks at
+        statistics = PassStatistics(
+            plan, options, len(self.images), clock, parameters=self.sandbox.parameters, at_once=at_once
+        )
+        assert options.groups is not None
+        losses = run_capture(plan, self.sandbox, self.images, self.labels, self.loss, options.groups, statistics, clock)
+        statistics.launch()
+        return Scored(plan, statistics, options, clock, losses, self.network)
+
+    def network(self, shared: SharedWork) -> Network:
+        """Returns the network for proxies that run passes of their own."""
+        return Network(self.sandbox, self.plan, self.images, self.labels, self.loss, self.options.seed, shared)
+
+
+def _checked_labels(labels: Any, samples: int, loss: Loss | None) -> Any:
     if isinstance(labels, list) or hasattr(labels, "__array__"):
         labels = torch.as_tensor(labels)
     if loss is not None and isinstance(labels, Tensor) and (labels.dim() == 0 or labels.shape[0] != samples):
         raise InputError(f"expected labels [S, ...] with the S of images ({samples}), got {list(labels.shape)}")
-    with preserved(model), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if isinstance(labels, Tensor) and labels.is_inference():
-            labels = labels.clone()  # inference tensors cannot be saved for a backward pass
-        clock = clock_of(resolved)
+    return labels
+
+
+def _prepared(
+    model: nn.Module, images: Tensor, labels: Any, loss: Loss | None, asked: ScoreOptions, options: ScoreOptions
+) -> _Subject:
+    """Traces the model, settles the options by what is found, and draws or checks the labels."""
+    samples = len(images)
+    if isinstance(labels, Tensor) and labels.is_inference():
+        labels = labels.clone()  # inference tensors cannot be saved for a backward pass
+    clock = clock_of(options)
+    with clock("trace"):
+        sandbox = Sandbox(model, getattr(torch, options.dtype))
+        function: Loss = CrossEntropy() if loss is None else loss
         placeholder = torch.zeros(samples, dtype=torch.long) if loss is None else labels
-        with clock("trace"):
-            sandbox = Sandbox(model, getattr(torch, resolved.dtype))
-            plan = trace(sandbox, images, placeholder, loss_or_default, resolved.extra_parameters)
-        if plan.coupled is not None:
-            resolved = options.resolved(samples, coupled=True)
-        if isinstance(loss_or_default, CrossEntropy):
-            labels = class_labels(labels, samples, loss_or_default.classes, seed)
-        if isinstance(labels, Tensor):
-            labels = labels.to(resolved.device)
-        with clock("trace"):
-            probe(plan, sandbox, take(images, 2))
-
-        def network(shared: SharedWork) -> Network:
-            return Network(sandbox, plan, images, labels, loss_or_default, seed, shared)
-
-        def attempt(at_once: bool) -> LswagResult:
-            own = plan.copy()  # a pass leaves out what nobody looks at
-            statistics = PassStatistics(own, resolved, samples, clock, parameters=sandbox.parameters, at_once=at_once)
-            assert resolved.groups is not None
-            losses = run_capture(own, sandbox, images, labels, loss_or_default, resolved.groups, statistics, clock)
-            statistics.launch()
-            return Scored(own, statistics, resolved, clock, losses, network).result(options, caught, start)
-
-        result = attempted(attempt)
-    if result.uncovered:
-        warnings.warn(f"{result.warnings[0]}", stacklevel=2)
-    return result
+        plan = trace(sandbox, images, placeholder, function, options.extra_parameters)
+    if plan.coupled is not None:
+        options = asked.resolved(samples, coupled=True)
+    if isinstance(function, CrossEntropy):
+        labels = class_labels(labels, samples, function.classes, options.seed)
+    if isinstance(labels, Tensor):
+        labels = labels.to(options.device)
+    with clock("trace"):
+        probe(plan, sandbox, take(images, 2))
+    return _Subject(sandbox, plan, images, labels, function, options, clock)
 
 
 def attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
