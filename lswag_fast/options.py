@@ -18,6 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 POOLINGS = ("union", "sum")
 NUMERATORS = ("one", "mean")
 MAX_SAMPLES = 1024
+LSWAG = {"name": "lswag"}
+"""L-SWAG among the options' plain values; a store's settings leave `proxies` out where it is there alone."""
 DEFINITION_VERSION = 1
 """Raised whenever the same candidate, batch and options would score differently."""
 

@@ -34,7 +34,7 @@ class Record:
     patterns_by_activation: tuple[int, ...] | None = None
     uncovered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    proxies: dict[str, float | None] = field(default_factory=dict)  # None: the proxy has no value; a warning says why
+    proxies: dict[str, float | None] = field(default_factory=dict)  # None: it has no value, and a warning says why
     proxy_seconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     recorded: float = 0.0  # seconds since 1970
@@ -48,12 +48,13 @@ class Record:
             error = f"the score is not finite: lswag {result.lswag}, trainability {result.trainability}"
             return Record(key, dict(arch), "error", error, warnings=result.warnings, seconds=result.seconds)
         taken = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("options", "proxy_details")}
-        taken["proxies"] = {n: v if math.isfinite(v) else None for n, v in result.proxies.items()}
+        taken["proxies"] = {n: None if math.isnan(v) else v for n, v in result.proxies.items()}
         return Record(key, dict(arch), "ok", **taken)
 
     def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
-        """Returns the record as plain values that JSON can hold."""
+        """Returns the record as plain values that JSON can hold; an infinite proxy is "Infinity" or "-Infinity"."""
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        plain["proxies"] = _proxies(self)
         if not layers:
             del plain["layers"]
         return plain
@@ -78,7 +79,8 @@ def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
         *((saturation.ratio, saturation.bound) if saturation else (None, None)),
         *counts,
         *(record.seconds, recorded, _json(record.warnings), _json(record.uncovered)),
-        *(None if by_activation is None else _json(by_activation), _json(record.proxies), _json(record.proxy_seconds)),
+        None if by_activation is None else _json(by_activation),
+        *(_json(_proxies(record)), _json(record.proxy_seconds)),
         _json(_by_column(record.layers)),
     )
 
@@ -103,11 +105,22 @@ def decode(row: Sequence[Any], *, reused: bool) -> Record:
         warnings=tuple(json.loads(row[16])),
         uncovered=tuple(json.loads(row[17])),
         patterns_by_activation=None if row[18] is None else tuple(json.loads(row[18])),
-        proxies=json.loads(row[19]),
+        proxies={name: None if v is None else float(v) for name, v in json.loads(row[19]).items()},
         proxy_seconds=json.loads(row[20]),
         layers=tuple(LayerRow(**dict(zip(layers, row, strict=True))) for row in zip(*layers.values(), strict=True)),
         reused=reused,
     )
+
+
+def jsonable(value: Any) -> Any:
+    """Returns `value`, or the text "Infinity" or "-Infinity" for an infinite float, which JSON cannot hold."""
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _proxies(record: Record) -> dict[str, Any]:
+    return {name: jsonable(value) for name, value in record.proxies.items()}
 
 
 def _json(value: Any) -> str:

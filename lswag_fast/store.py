@@ -56,7 +56,8 @@ ALTER TABLE records ADD COLUMN proxies TEXT NOT NULL DEFAULT '{{}}';
 ALTER TABLE records ADD COLUMN proxy_seconds TEXT NOT NULL DEFAULT '{{}}';
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-_LIGHT_COLUMNS = COLUMNS.removesuffix(", layers")
+_COLUMNS_OF_VERSION_1 = COLUMNS.replace("proxies, proxy_seconds", "'{}', '{}'")
+_INFINITIES = "WHEN 'Infinity' THEN 9e999 WHEN '-Infinity' THEN -9e999"  # SQLite's JSON holds them as text
 _ADVICE = {
     "full": "free some disk space, or move the file to a larger disk, and run again; everything recorded is kept",
     "readonly": "the file or its folder is read-only; make both writable, or pass another path",
@@ -90,6 +91,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str] | None, *, read_only: bool = False) -> None:
         self.path = None if path is None else Path(path)
         self._lock = threading.RLock()
+        self._columns = COLUMNS
         with self._explained("opened"):
             self._connection = self._connect(read_only)
             try:
@@ -121,7 +123,7 @@ class Store:
     def find(self, keys: Iterable[str]) -> dict[str, Record]:
         """Returns the records of those of `keys` that have one."""
         wanted = json.dumps(list(keys))
-        query = f"SELECT {COLUMNS} FROM records WHERE key IN (SELECT value FROM json_each(?))"
+        query = f"SELECT {self._columns} FROM records WHERE key IN (SELECT value FROM json_each(?))"
         with self._reading() as execute:
             return {row[0]: decode(row, reused=True) for row in execute(query, (wanted,)).fetchall()}
 
@@ -185,25 +187,31 @@ class Store:
 
     def records(self, *, layers: bool = True) -> Iterator[Record]:
         """Yields every record in the order of recording, in flat memory; without `layers` much faster."""
-        query = f"SELECT {COLUMNS if layers else _LIGHT_COLUMNS} FROM records ORDER BY rowid"
+        query = f"SELECT {self._columns if layers else self._light_columns} FROM records ORDER BY rowid"
         with self._reading() as execute:
             for row in execute(query):
                 yield decode(row, reused=True)
 
-    def top(self, n: int, context: str, *, by: str = "lswag") -> list[Record]:
-        """Returns the `n` highest with these settings, best first, without their layers.
+    def top(self, n: int, context: str, *, by: str = "lswag", lowest: bool = False) -> list[Record]:
+        """Returns the `n` highest (or `lowest`) with these settings, best first, without their layers.
 
         Best by L-SWAG, or by the proxy that `by` names; candidates without its value are left out.
         """
         # The plus keeps SQLite from sorting all records of the runs instead of walking the index by score.
-        value = "lswag" if by == "lswag" else "json_extract(proxies, ?)"
+        proxies = "proxies" if self._columns == COLUMNS else "'{}'"
+        value = "lswag" if by == "lswag" else f"json_extract({proxies}, :path)"
+        order = value if by == "lswag" else f"CASE {value} {_INFINITIES} ELSE {value} END"
         query = (
-            f"SELECT {_LIGHT_COLUMNS} FROM records WHERE status = 'ok' AND +run IN (SELECT id FROM runs WHERE "
-            f"context = ?) AND {value} IS NOT NULL ORDER BY {value} DESC, key LIMIT ?"
+            f"SELECT {self._light_columns} FROM records WHERE status = 'ok' AND +run IN (SELECT id FROM runs WHERE "
+            f"context = :context) AND {value} IS NOT NULL ORDER BY {order} {'ASC' if lowest else 'DESC'}, key LIMIT :n"
         )
-        path = [] if by == "lswag" else [f'$."{by}"']
+        given = {"context": context, "path": f'$."{by}"', "n": n}
         with self._reading() as execute:
-            return [decode(row, reused=True) for row in execute(query, (context, *path, *path, n)).fetchall()]
+            return [decode(row, reused=True) for row in execute(query, given).fetchall()]
+
+    @property
+    def _light_columns(self) -> str:
+        return self._columns.removesuffix(", layers")
 
     def _connect(self, read_only: bool) -> sqlite3.Connection:
         if self.path is None:
@@ -238,11 +246,8 @@ class Store:
         if application != _APPLICATION_ID and (tables or read_only):
             raise StoreError(f"{self.path} is an SQLite file, but no score store; use another file")
         if read_only:
-            if version < SCHEMA_VERSION:
-                raise StoreError(
-                    f"store {self.path} has schema version {version}, written by an older lswag_fast; score something "
-                    "into it once with this one, which brings it up to date"
-                )
+            if version == 1:
+                self._columns = _COLUMNS_OF_VERSION_1
             execute("PRAGMA query_only = ON")
             return
         execute("PRAGMA journal_mode = WAL")

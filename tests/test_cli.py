@@ -180,6 +180,36 @@ def test_export_explains_itself_in_every_format(run: Run) -> None:
     assert sorted(os.listdir()) == ["o.csv", "o.jsonl", "s.db"]
 
 
+def test_export_joins_settings_with_and_without_other_proxies(run: Run) -> None:
+    run(*SCORE, "--count", "1", "--store", "s.db")
+    run(*SCORE, "--count", "1", "--store", "s.db", "--proxies", "nwot,params")
+    with Store("s.db") as store:
+        assert ["proxies" in kept.metadata["options"] for kept in store.runs()] == [False, True]
+        store._connection.execute("""UPDATE records SET proxies = '{"nwot":"-Infinity"}' WHERE run = 2""")
+    for form in ("csv", "jsonl"):
+        assert run("export", "--store", "s.db", "--format", form, "--output", f"o.{form}")[0] == 0
+    rows = list(csv.DictReader(io.StringIO(Path("o.csv").read_text())))
+    assert [(row["proxy_nwot"], row["proxy_params"]) for row in rows] == [("", ""), ("-inf", "")]
+    objects = [json.loads(line, parse_constant=pytest.fail) for line in Path("o.jsonl").read_text().splitlines()]
+    assert [row["proxy_nwot"] for row in objects] == [None, "-Infinity"]
+
+
+def test_top_ranks_the_lowest_first_where_lower_is_better(run: Run) -> None:
+    run(*SCORE, "--count", "3", "--store", "s.db", "--proxies", "params")
+    with Store("s.db") as store:
+        store._connection.execute("UPDATE runs SET metadata = replace(metadata, 'params', 'te_nas_ntk')")
+        store._connection.execute("UPDATE records SET proxies = replace(proxies, 'params', 'te_nas_ntk')")
+    values = [
+        json.loads(line)["proxies"]["te_nas_ntk"]
+        for line in run("top", "--store", "s.db", "--by", "te_nas_ntk", "--json")[1].splitlines()
+    ]
+    assert values == sorted(values)
+    assert len(set(values)) > 1
+    listed = [json.loads(line) for line in run("proxies", "--json")[1].splitlines()]
+    assert [row["name"] for row in listed if row["lower_is_better"]] == ["te_nas_ntk"]
+    assert "lowest" in next(line for line in run("proxies")[1].splitlines() if line.startswith("te_nas_ntk"))
+
+
 def test_export_to_parquet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(*SCORE, "--count", "2", "--store", "s.db")
     command = ("export", "--store", "s.db", "--format", "parquet", "--output", "o.parquet")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -119,22 +121,47 @@ def test_top_ranks_by_any_proxy(tmp_path: Path) -> None:
         assert store.top(4, "context", by="zico") == []
 
 
+def test_infinite_proxy_is_kept_and_ranked(tmp_path: Path) -> None:
+    values = {"a": 1.0, "b": -math.inf, "c": math.nan, "d": math.inf, "e": -2.0}
+    records = [Record.of(key, {}, replace(RESULT, proxies={"nwot": value})) for key, value in values.items()]
+    with Store(tmp_path / "s.db") as store:
+        filled(store, *records)
+        assert [r.key for r in store.top(9, "context", by="nwot")] == ["d", "a", "e", "b"]
+        assert [r.key for r in store.top(2, "context", by="nwot", lowest=True)] == ["b", "e"]
+        found = {r.key: r for r in store.records()}
+    assert {key: r.proxies["nwot"] for key, r in found.items()} == {**values, "c": None}
+    texts = [json.loads(json.dumps(r.to_dict(), allow_nan=False))["proxies"]["nwot"] for r in found.values()]
+    assert texts == [1.0, "-Infinity", None, "Infinity", -2.0]
+
+
 def test_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     with Store(path) as store:
         filled(store, record("a"))
-    with sqlite3.connect(path) as connection:
-        connection.execute("ALTER TABLE records DROP COLUMN proxies")
-        connection.execute("ALTER TABLE records DROP COLUMN proxy_seconds")
-        connection.execute("PRAGMA user_version = 1")
-    connection.close()
-    with pytest.raises(StoreError, match=r"version 1, written by an older lswag_fast"):
-        Store(path, read_only=True)
+    to_version_1(path)
+    with Store(path, read_only=True) as store:
+        check_version_1(store)
     with Store(path) as store:
         assert store.find(["a"])["a"].proxies == {}
         filled(store, record("b"))
     with Store(path, read_only=True) as store:
         assert store.find(["b"])["b"].proxies["lswag"] == 12.0
+
+
+def to_version_1(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE records DROP COLUMN proxies")
+        connection.execute("ALTER TABLE records DROP COLUMN proxy_seconds")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+
+def check_version_1(store: Store) -> None:
+    found = [store.find(["a"])["a"], *store.records(), *store.records(layers=False), *store.top(5, "context")]
+    assert [(r.lswag, r.proxies, r.proxy_seconds, len(r.layers)) for r in found] == [
+        (12.0, {}, {}, layers) for layers in (2, 2, 0, 0)
+    ]
+    assert store.top(5, "context", by="nwot") == []
 
 
 def test_equal_runs_are_one() -> None:
@@ -255,12 +282,16 @@ def test_read_only_folder_is_readable_and_says_so_when_written() -> None:
 def check_read_only(folder: Path) -> None:
     with Store(folder / "s.db") as store:
         filled(store, record("a"))
+    shutil.copy(folder / "s.db", folder / "old.db")
+    to_version_1(folder / "old.db")
     (folder / "s.db").chmod(0o444)
     folder.chmod(0o555)
     try:
         with as_nobody():
             with Store(folder / "s.db", read_only=True) as store:
                 assert list(store.find(["a"])) == ["a"]
+            with Store(folder / "old.db", read_only=True) as store:
+                check_version_1(store)
             with pytest.raises(StoreError, match=r"s\.db cannot be opened .*(read-only; make both|allowed to write)"):
                 Store(folder / "s.db")
             with pytest.raises(StoreError, match="allowed to write there"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..records import jsonable
 from ..store import Run, Store
 
 _ROW_GROUP = 10_000
@@ -54,16 +55,18 @@ def _rows(store: Store, *, layers: bool) -> Iterator[dict[str, Any]]:
             "saturation_bound": saturation and saturation["bound"],
         }
         del row["reused"]
-        values, seconds = row.pop("proxies"), row.pop("proxy_seconds")
+        del row["proxies"], row["proxy_seconds"]
         for name in proxies:
-            row |= {f"proxy_{name}": values.get(name), f"proxy_{name}_seconds": seconds.get(name)}
+            seconds = record.proxy_seconds.get(name)
+            row |= {f"proxy_{name}": record.proxies.get(name), f"proxy_{name}_seconds": seconds}
         yield row | runs[record.run]
 
 
 def _flat_settings(run: Run) -> dict[str, Any]:
     given = run.metadata
     flat = {"context": run.context, "space": json.dumps(given["space"]), "samples": given["samples"]}
-    flat |= {name: _scalar(value) for name, value in given["options"].items()}
+    # The columns of each proxy tell which were asked for.
+    flat |= {name: _scalar(value) for name, value in given["options"].items() if name != "proxies"}
     flat |= {name: given[name] for name in ("weights", "loss", "definition_version", "device_name", "threads")}
     flat |= {f"{name}_version": version for name, version in given["versions"].items()}
     return flat | {"image_bytes": given["images"], "notes": json.dumps(given["notes"])}
@@ -84,7 +87,7 @@ def _jsonl(store: Store, path: Path) -> int:
     written = 0
     with path.open("w") as file:
         for row in _rows(store, layers=True):
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({name: jsonable(value) for name, value in row.items()}) + "\n")
             written += 1
     return written
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
+from ..options import LSWAG
 from ..records import Record
 from ..store import Run, Store
 
@@ -24,10 +25,13 @@ def show_top(store: Path, n: int, context: str, by: str, *, as_json: bool) -> No
     with Store(store, read_only=True) as opened:
         chosen = chosen_run(opened, context)
         by_context = _by_context(opened)
-        best = opened.top(n, chosen.context, by=by)
+        options = chosen.metadata.get("options", {})
+        kept = {proxy["name"]: proxy for proxy in options.get("proxies", [LSWAG])}
+        best = opened.top(n, chosen.context, by=by, lowest=_lower_is_better(kept.get(by, {"name": by})))
         if not best and by != "lswag":
-            kept = ", ".join(p["name"] for p in chosen.metadata["options"].get("proxies", ())) or "lswag"
-            raise InputError(f"{store} holds no values of {by!r} with settings {chosen.context[:8]}, but of {kept}")
+            raise InputError(
+                f"{store} holds no values of {by!r} with settings {chosen.context[:8]}, but of {', '.join(kept)}"
+            )
     if as_json:
         for record in best:
             print(json.dumps(record.to_dict(layers=False)))
@@ -102,19 +106,21 @@ def show_spaces(*, as_json: bool) -> None:
 
 
 def show_proxies(*, as_json: bool) -> None:
-    """Prints every proxy with its source, and whether it takes gradients."""
+    """Prints every proxy with its source, whether it takes gradients, and which of its values is best."""
     from ..proxies import get, names
 
     found = [get(name) for name in names()]
     if as_json:
         for proxy in found:
-            print(json.dumps({"name": proxy.name, "gradient_based": proxy.gradient_based, "source": proxy.source}))
+            fields = ("name", "gradient_based", "lower_is_better", "source")
+            print(json.dumps({field: getattr(proxy, field) for field in fields}))
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("proxy", "gradients", "source"):
+    for heading in ("proxy", "gradients", "best", "source"):
         table.add_column(heading, overflow="fold")
     for proxy in found:
-        table.add_row(proxy.name, "yes" if proxy.gradient_based else "no", proxy.source)
+        best = "lowest" if proxy.lower_is_better else "highest"
+        table.add_row(proxy.name, "yes" if proxy.gradient_based else "no", best, proxy.source)
     console().print(table)
 
 
@@ -129,6 +135,14 @@ def show_checks(*, as_json: bool) -> int:
         else:
             print(f"{'ok' if check.ok else '--':3} {check.name:<12} {check.detail}")
     return 0 if any(check.ok for check in found if check.kind == "backend") else 1
+
+
+def _lower_is_better(proxy: dict[str, Any]) -> bool:
+    """Whether the lowest value of a proxy in a run's options is best; one of the user's own says so there."""
+    from ..proxies import get, names
+
+    name = proxy["name"]
+    return get(name).lower_is_better if name in names() else bool(proxy.get("lower_is_better"))
 
 
 def _by_context(store: Store) -> dict[str, Run]:

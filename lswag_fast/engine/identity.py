@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import InputError
-from ..options import DEFINITION_VERSION, ScoreOptions
+from ..options import DEFINITION_VERSION, LSWAG, ScoreOptions
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Context:
     ) -> Context:
         """Returns the context of scores with these arguments; `options` must be resolved."""
         named = options.to_dict()
+        # L-SWAG alone is what a store without this option holds; it must be found there.
+        if named["proxies"] == [LSWAG]:
+            del named["proxies"]
         # A store is shared by the devices of one machine: cuda:0 and cuda:1 score alike.
         named["device"] = named["device"].split(":")[0]
         drawn = f"seed:{options.seed}"

@@ -12,12 +12,14 @@ import numpy as np
 
 from ..correlation import Floats
 from ..errors import InputError
+from ..options import LSWAG
 from ..records import Record
 from ..store import Run, Store
 from .joining import COUNTS, Scores
 from .tables import Arch
 
-_FROM_THE_SEED = ("images", "labels", "weights")
+_DRAWN = r", seed \d+$"
+"""How the note about images ends where the seed has drawn them."""
 _COUNTS = ("parameters", "multiply_adds", "sum_log_numel", "positions")
 _COUNT_OF = {"params": "parameters", "flops": "multiply_adds"}
 """Proxies that are counts of the record under another name."""
@@ -41,7 +43,7 @@ def read(paths: Sequence[Path], context: str = "", seeds: Sequence[int] = ()) ->
             that the fullest has.
 
     Raises:
-        InputError: no scores, or none with these settings.
+        InputError: no scores, none with these settings, or a seed that stands for two batches.
         StoreError: a store cannot be read.
     """
     from .. import spaces  # late, for it imports torch, which a study of published tables does without
@@ -76,32 +78,49 @@ def _settings(run: Run) -> str:
     """What two repeats have in common: all that a score depends on, except what the seed draws."""
     given = run.metadata
     kept = {name: given[name] for name in ("space", "loss", "definition_version", "samples")}
-    kept["options"] = {name: value for name, value in given["options"].items() if name != "seed"}
+    options = {"proxies": [LSWAG]} | given["options"]
+    kept["options"] = {name: value for name, value in options.items() if name != "seed"}
     kept["weights"] = re.sub(r"^seed:.*", "seed", given["weights"])
-    kept["source"] = re.sub(r", seed \d+$", "", str(given.get("notes", {}).get("images", "")))
+    source = str(given.get("notes", {}).get("images", ""))
+    kept["source"] = re.sub(_DRAWN, "", source)
+    if not re.search(_DRAWN, source):
+        kept |= {"images": given["images"], "labels": re.sub(r"^seed:.*", "seed", given["labels"])}
     return json.dumps(kept, sort_keys=True)
 
 
+def _check_seeds(runs: Sequence[tuple[Path, Run]]) -> None:
+    """Raises InputError where one seed stands for two batches, which are no repeats of each other."""
+    known: dict[int, Run] = {}
+    for _, run in runs:
+        seed = run.metadata["options"]["seed"]
+        first = known.setdefault(seed, run)
+        if any(run.metadata[name] != first.metadata[name] for name in ("images", "labels")):
+            raise InputError(
+                f"the settings {first.context[:8]} and {run.context[:8]} have seed {seed} alike, but other images or "
+                f"labels, so they are no repeats of each other; keep one of them in a store of its own"
+            )
+
+
 def _scores(space: Any, runs: Sequence[tuple[Path, Run]], notes: list[str], *, all_seeds: bool) -> Scores:
-    by_context: dict[str, dict[str, Record]] = {}
-    seeds = {run.context: run.metadata["options"]["seed"] for _, run in runs}
+    _check_seeds(runs)
+    by_seed: dict[int, dict[str, Record]] = {}
     failed = 0
     for path in dict.fromkeys(path for path, _ in runs):
-        ids = {run.id: run.context for where, run in runs if where == path}
+        ids = {run.id: run.metadata["options"]["seed"] for where, run in runs if where == path}
         with Store(path, read_only=True) as store:
             for record in store.records(layers=False):
                 if record.run in ids and record.status == "ok":
-                    by_context.setdefault(ids[record.run], {})[space.encode(record.arch)] = record
+                    by_seed.setdefault(ids[record.run], {})[space.encode(record.arch)] = record
                 failed += record.run in ids and record.status == "error"
-    fullest = max(map(len, by_context.values()), default=0)
-    repeats = {c: found for c, found in by_context.items() if not all_seeds or len(found) >= fullest / 2}
+    fullest = max(map(len, by_seed.values()), default=0)
+    repeats = {seed: found for seed, found in by_seed.items() if not all_seeds or len(found) >= fullest / 2}
     if failed:
         notes.append(f"{failed} scores failed and are left out")
-    if len(repeats) < len(by_context):
-        sparse = ", ".join(f"{seeds[c]} ({len(by_context[c])})" for c in by_context if c not in repeats)
+    if len(repeats) < len(by_seed):
+        sparse = ", ".join(f"{seed} ({len(found)})" for seed, found in by_seed.items() if seed not in repeats)
         notes.append(f"seeds with less than half of the architectures are left out: {sparse}")
     if len(repeats) > 1:
-        notes.append(f"{len(repeats)} repeats, seeds {', '.join(str(seeds[context]) for context in repeats)}")
+        notes.append(f"{len(repeats)} repeats, seeds {', '.join(map(str, repeats))}")
     keys = list(dict.fromkeys(key for found in repeats.values() for key in found))
     name = ", ".join(dict.fromkeys(path.stem for path, _ in runs))
     return Scores(name, keys, _columns(keys, list(repeats.values())), _key_in(space), notes)

@@ -36,8 +36,7 @@ def finite(value: float, cause: str) -> float:
 class Proxy(ABC):
     """A zero-cost proxy. A subclass is a frozen dataclass, whose fields are the options of the proxy.
 
-    Higher values are better, as the source of the proxy has it; a source in which lower is better is said so in the
-    docstring of the subclass, and its value is that of the source.
+    The value is that of the source. Higher is better, except where `lower_is_better` says otherwise.
     """
 
     name: ClassVar[str]
@@ -49,6 +48,8 @@ class Proxy(ABC):
     """What to collect in the shared pass; a proxy that needs nothing of it runs passes of its own, or none."""
     whole: ClassVar[bool] = True
     """Whether it looks at the whole network, whatever the window of the score."""
+    lower_is_better: ClassVar[bool] = False
+    """Whether the source ranks the lowest value first."""
 
     @abstractmethod
     def value(self, evidence: Evidence) -> float:
@@ -59,5 +60,10 @@ class Proxy(ABC):
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns name and options as plain values that JSON can hold."""
-        return {"name": self.name, **(asdict(self) if is_dataclass(self) else {})}
+        """Returns name and options as plain values that JSON can hold, and the class of a proxy of the user's own."""
+        from .registry import is_registered
+
+        kind = type(self)
+        place = f"{kind.__module__}.{kind.__qualname__}"
+        own = {} if is_registered(kind) else {"class": place, "lower_is_better": self.lower_is_better}
+        return {"name": self.name, **own, **(asdict(self) if is_dataclass(self) else {})}

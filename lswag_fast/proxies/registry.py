@@ -57,10 +57,16 @@ def get(name: str) -> type[Proxy]:
     return found
 
 
+def is_registered(kind: type[Proxy]) -> bool:
+    """Returns whether `kind` is the class that the registry knows under its name."""
+    return f"{kind.__module__}.{kind.__qualname__}" == f"{__package__}.{_HOMES.get(kind.name)}"
+
+
 def chosen(proxies: Sequence[str | Proxy] | str) -> tuple[Proxy, ...]:
     """Returns the proxies of a mixed sequence of names (default options) and proxies, in its order.
 
-    Raises InputError for an unknown name, a value that is no proxy, and a name that comes twice.
+    Raises InputError for an unknown name, a value that is no proxy, a name that comes twice, a class of the user's own
+    under the name of another proxy, and options that are no fields of a frozen dataclass.
     """
     if isinstance(proxies, str | Proxy):
         raise InputError(f"proxies is a sequence of names or proxies, got {proxies!r}; write ({proxies!r},)")
@@ -70,7 +76,21 @@ def chosen(proxies: Sequence[str | Proxy] | str) -> tuple[Proxy, ...]:
         made = proxy() if isinstance(proxy, type) and issubclass(proxy, Proxy) else proxy
         if not isinstance(made, Proxy):
             raise InputError(f"proxies holds {made!r}, which is neither a name ({', '.join(_HOMES)}) nor a proxy")
+        _check_identity(made)
         if made.name in (p.name for p in taken):
             raise InputError(f"proxies holds {made.name!r} twice; score twice for two sets of its options")
         taken.append(made)
     return tuple(taken)
+
+
+def _check_identity(proxy: Proxy) -> None:
+    """Raises InputError where name, class and fields do not tell what the proxy computes."""
+    kind = type(proxy)
+    if proxy.name in _HOMES and not is_registered(kind):
+        raise InputError(f"{kind.__qualname__} has the name {proxy.name!r} of another proxy; give it one of its own")
+    own = vars(kind).get("__dataclass_params__")
+    if vars(proxy) and not (own and own.frozen):
+        raise InputError(
+            f"{kind.__qualname__} has {', '.join(vars(proxy))} set, but is no frozen dataclass, so two sets of its "
+            f"options could not be told apart; write @dataclass(frozen=True) above it and make them its fields"
+        )

@@ -114,6 +114,7 @@ class TeNasNtk(Proxy):
     name: ClassVar[str] = "te_nas_ntk"
     source: ClassVar[str] = f"{_SOURCE}, equation 3"
     gradient_based: ClassVar[bool] = True
+    lower_is_better: ClassVar[bool] = True
 
     def value(self, evidence: Evidence) -> float:
         """Returns kappa of one network.

@@ -19,7 +19,9 @@ SPACE = spaces.get("autoformer-tiny", image_size=32, num_classes=10)
 ARCHS = list(SPACE.sample(12, seed=1))
 
 
-def keep(path: Path, seed: int, *, archs: list[Any] = ARCHS, groups: int = 4, images: str = "noise") -> str:
+def keep(
+    path: Path, seed: int, *, archs: list[Any] = ARCHS, groups: int = 4, images: str = "noise", drawn: bool = True
+) -> str:
     """Records scores of `archs` with a seed, lswag being 100 * seed + place; returns the id of the settings."""
     options = {"seed": seed, "groups": groups, "device": "cpu", "dtype": "float32"}
     metadata = {
@@ -31,7 +33,7 @@ def keep(path: Path, seed: int, *, archs: list[Any] = ARCHS, groups: int = 4, im
         "loss": "cross_entropy",
         "definition_version": 1,
         "samples": 4,
-        "notes": {"images": f"{images}, seed {seed}"},
+        "notes": {"images": f"{images}, seed {seed}" if drawn else images},
     }
     context = f"{seed}{groups}{images}" + 40 * "0"
     records = [
@@ -67,6 +69,33 @@ def test_seeds_are_repeats_and_counts_depend_on_none(tmp_path: Path):
     np.testing.assert_array_equal(scores.columns["psi"][0], np.arange(12))
     np.testing.assert_array_equal(scores.columns["parameters"], [[SPACE.params(arch) for arch in ARCHS]])
     assert scores.notes == ["3 repeats, seeds 0, 1, 2"]
+
+
+def test_other_images_are_no_repeats_where_no_seed_draws_them(tmp_path: Path):
+    keep(tmp_path / "s.db", 0, drawn=False)
+    keep(tmp_path / "s.db", 1, drawn=False)
+    scores = stores.read([tmp_path / "s.db"])
+    np.testing.assert_array_equal(scores.columns["lswag"], [np.arange(12) + 100])
+    assert "others need --context (04noise0)" in scores.notes[0]
+
+
+def test_two_batches_of_one_seed_are_refused(tmp_path: Path):
+    keep(tmp_path / "a.db", 0)
+    keep(tmp_path / "b.db", 0)
+    stores.read([tmp_path / "a.db", tmp_path / "b.db"])
+    with Store(tmp_path / "b.db") as store:
+        store._connection.execute("UPDATE runs SET metadata = replace(metadata, 'bytes 0', 'bytes x')")
+    with pytest.raises(InputError, match=r"have seed 0 alike, but other images or labels"):
+        stores.read([tmp_path / "a.db", tmp_path / "b.db"])
+
+
+def test_lswag_alone_is_a_repeat_whether_its_options_name_it_or_not(tmp_path: Path):
+    keep(tmp_path / "s.db", 0)
+    keep(tmp_path / "s.db", 1)
+    with Store(tmp_path / "s.db") as store:
+        named = """'"options": {', '"options": {"proxies": [{"name": "lswag"}], '"""
+        store._connection.execute(f"UPDATE runs SET metadata = replace(metadata, {named}) WHERE id = 1")
+    assert stores.read([tmp_path / "s.db"]).columns["lswag"].shape == (2, 12)
 
 
 def test_several_stores_come_together(tmp_path: Path):
