@@ -211,6 +211,16 @@ def test_images_that_agree_everywhere_have_no_nwot() -> None:
     assert any("nwot has no value: the kernel is singular" in text for text in result.warnings)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_fewer_independent_patterns_than_samples_have_no_nwot(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    images, labels = batch(14)
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=("nwot",))
+    assert math.isnan(result.proxies["nwot"])
+    assert any("the 14 samples have fewer independent patterns" in text for text in result.warnings)
+
+
 def test_engine_gives_what_score_gives() -> None:
     space = spaces.get("autoformer-tiny", image_size=32, num_classes=10)
     supernet = space.supernet(0)
