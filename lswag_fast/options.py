@@ -49,6 +49,8 @@ class ScoreOptions:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _integer(name, getattr(self, name)))
         object.__setattr__(self, "seed", _integer("seed", self.seed))
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed}")
         object.__setattr__(self, "device", str(self.device))
         if isinstance(self.extra_parameters, str):
             raise InputError(f"extra_parameters is a sequence of names, got the text {self.extra_parameters!r}")

@@ -158,6 +158,12 @@ def test_result_is_plain_data_and_consistent() -> None:
     assert result.counts.parameters == sum(p.numel() for p in networks.Attention().parameters())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_seeds_out_of_range_are_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=rf"seed must be an integer from 0 to 2\*\*63 - 1, got {seed}"):
+        ScoreOptions(seed=seed)
+
+
 def test_labels_are_drawn_from_the_seed() -> None:
     torch.manual_seed(0)
     model = networks.Attention()

@@ -7,27 +7,14 @@ from types import MappingProxyType
 
 import numpy as np
 
+from .. import proxies
 from .information import Binning
 from .libra import Combination, Combined, Pool, check_combination, weigh
 
 GRADIENT_BASED: Mapping[str, bool] = MappingProxyType(
-    {
-        "epe_nas": True,
-        "fisher": True,
-        "flops": False,
-        "grad_norm": True,
-        "grasp": True,
-        "jacov": True,
-        "l2_norm": False,
-        "nwot": False,
-        "params": False,
-        "plain": True,
-        "snip": True,
-        "synflow": True,
-        "zen": False,
-    }
+    {name: proxies.get(name).gradient_based for name in proxies.names()}
 )
-"""Whether a proxy of NAS-Bench-Suite-Zero needs a backward pass (of the loss, or of outputs for a Jacobian)."""
+"""Whether a proxy of this library needs a backward pass (of the loss, or of outputs for a Jacobian)."""
 
 
 def ablations(

@@ -76,13 +76,27 @@ class Grasp(Proxy):
             loss = network.losses(output).mean()
         try:
             gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-            # The gradient of g . g' for a constant g' = g is H g. Asked for the leaves alone, autograd would not visit,
-            # and so not report, operations that are differentiable only once.
+            # The gradient of g . g' for a constant g' = g is H g. Asked for these leaves alone, autograd would not
+            # visit, and so not report, operations that are differentiable only once. backward() would visit all, but
+            # write to the .grad of leaves of others, such as parameters of the loss.
             aligned = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
-            if aligned.requires_grad:
-                torch.autograd.backward(aligned)
+            if not aligned.requires_grad:
+                return [torch.zeros_like(leaf) for leaf in leaves]
+            products = torch.autograd.grad(aligned, [*leaves, *_leaves(aligned)], materialize_grads=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UnavailableError(f"the network cannot be differentiated twice: {error}") from error
-        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return list(products[: len(leaves)])
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """Returns every leaf of the graph of `output`."""
+    seen: set[Any] = set()
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return [node.variable for node in seen if hasattr(node, "variable")]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from .determinant import log_determinant
 from .evidence import Evidence
 from .proxy import Need, Proxy, UnavailableError
 
@@ -16,7 +15,8 @@ class Nwot(Proxy):
     """log |det K| with K[m, n] the number of positions at which samples m and n agree in the sign of an activation.
 
     All activations of the network are taken, over the first `pattern_samples` samples; the determinant is in float64.
-    Two samples that agree everywhere make K singular, and the value -inf is then given as NaN, with the reason.
+    K is singular (`log_determinant`) where two samples agree everywhere or fewer patterns than samples are independent;
+    the value would be -inf, or rounding, and is NaN with the reason.
     """
 
     name: ClassVar[str] = "nwot"
@@ -28,7 +28,10 @@ class Nwot(Proxy):
         """Returns the value for one network."""
         if not evidence.words:
             raise UnavailableError("the network has no activation whose patterns are seen")
-        sign, value = torch.linalg.slogdet(evidence.agreements.double().cpu())
-        if not bool(torch.isfinite(value)) or float(sign) == 0:
-            raise UnavailableError("the kernel is singular: two samples agree in the sign of every activation")
-        return float(value)
+        value = log_determinant(evidence.agreements)
+        if value is None:
+            raise UnavailableError(
+                f"the kernel is singular: the {evidence.pattern_samples} samples have fewer independent patterns than "
+                f"that, or two of them agree in the sign of every activation; fewer pattern_samples may have a value"
+            )
+        return value

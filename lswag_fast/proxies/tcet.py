@@ -23,6 +23,7 @@ from ..capture.functions import Kind
 from ..capture.plan import Use
 from ..errors import InputError
 from ..ops.activation_patterns import hamming_kernel, pack_signs
+from .determinant import log_determinant
 from .evidence import Evidence
 from .network import Network
 from .proxy import Proxy, UnavailableError
@@ -42,7 +43,7 @@ class Tcet(Proxy):
 
     As in the code, log det K is 0 where K is singular (two samples agree everywhere, or there are fewer positions than
     tell the samples apart), the deviation is left out where it is 0, and a layer without saliency adds nothing. What
-    "singular" is there depends on rounding in float32; here it is an eigenvalue below S * 2^-52 of the largest.
+    "singular" is there depends on rounding in float32; here it is that of `log_determinant`.
 
     The code sums over modules (convolutions and linear layers), here every layer counts, and it takes K in evaluation
     mode, where here batch normalisation keeps its mode. Where samples are coupled, the whole batch is one group.
@@ -120,29 +121,25 @@ def _ratio(saliency: Tensor) -> float:
 
 
 def _determinants(network: Network) -> list[float]:
-    return [_log_determinant(words, len(network.images)) for words in _output_signs(network)]
+    return [_layer_determinant(words, len(network.images)) for words in _output_signs(network)]
 
 
-def _log_determinant(words: list[Tensor], samples: int) -> float:
+def _layer_determinant(words: list[Tensor], samples: int) -> float:
     """Returns log det K of the agreements of packed signs, 0 where K is singular."""
-    if not words:
-        return 0.0
-    eigenvalues = torch.linalg.eigvalsh(hamming_kernel(words, samples).double().cpu())
-    if float(eigenvalues[0]) <= samples * 2.0**-52 * float(eigenvalues[-1]):
-        return 0.0
-    return float(eigenvalues.log().sum())
+    return (log_determinant(hamming_kernel(words, samples)) or 0.0) if words else 0.0
 
 
 def _output_signs(network: Network) -> list[list[Tensor]]:
     """Returns, for each layer, the packed signs of the outputs of its uses.
 
-    One forward pass gives them where it is known which axis of every output holds the samples (axis 0 where samples
-    are coupled); else there is a pass a sample.
+    One forward pass gives them where samples are coupled, or where it is known which axis of every output holds them;
+    else there is a pass a sample.
     """
     plan, images = network.plan, network.images
     # What capture does not cover has no list of calls.
     calls = [layer.calls or [layer.first_call] for layer in plan.layers]
-    signs = _OutputSigns(plan, {call for of_layer in calls for call in of_layer}, len(images))
+    names = {call: layer.name for layer, of_layer in zip(plan.layers, calls, strict=True) for call in of_layer}
+    signs = _OutputSigns(plan, names, len(images))
     if plan.coupled is not None or all(isinstance(plan.actions[call], Use) for call in signs.calls):
         signs.run(network, images, 0)
     else:
@@ -154,9 +151,9 @@ def _output_signs(network: Network) -> list[list[Tensor]]:
 class _OutputSigns(TorchFunctionMode):
     """Packs the signs of what layers put out, call by call of the plan."""
 
-    def __init__(self, plan: Plan, calls: set[int], samples: int) -> None:
+    def __init__(self, plan: Plan, names: dict[int, str], samples: int) -> None:
         super().__init__()
-        self.calls = {call for call in calls if call < len(plan.actions)}
+        self.calls = {call: name for call, name in names.items() if call < len(plan.actions)}
         self.words: dict[int, Tensor] = {}
         self._plan = plan
         self._samples = samples
@@ -189,13 +186,18 @@ class _OutputSigns(TorchFunctionMode):
         return out
 
     def _pack(self, call: int, output: Tensor) -> None:
-        action = self._plan.actions[call]
         if self._batch == 1 < self._samples:
             rows = output.reshape(1, -1)
-        elif isinstance(action, Use):
-            rows = action.axis.split(output, self._batch)
-        elif len(output) % self._batch == 0:
-            rows = SampleAxis(0, len(output) // self._batch).split(output, self._batch)
         else:
-            raise UnavailableError(f"the output of a layer is {list(output.shape)}, whose samples cannot be told apart")
+            rows = self._axis(call, output).split(output, self._batch)
         self.words[call] = pack_signs(rows, words=self.words.get(call), first_sample=self._first)
+
+    def _axis(self, call: int, output: Tensor) -> SampleAxis:
+        action = self._plan.actions[call]
+        axes = getattr(self._plan, "axes", {call: SampleAxis(0, len(output) // self._batch)})
+        axis: SampleAxis | None = action.axis if isinstance(action, Use) else axes.get(call)
+        if axis is None or output.shape[axis.axis] != axis.factor * self._batch:
+            raise UnavailableError(
+                f"the output of {self.calls[call]} is {list(output.shape)}, and which axis holds the samples is unknown"
+            )
+        return axis

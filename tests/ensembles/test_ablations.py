@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lswag_fast import InputError, libra
+from lswag_fast import InputError, libra, proxies
 from lswag_fast.ensembles.ablations import GRADIENT_BASED, ablations
 
 
@@ -58,6 +58,19 @@ def test_a_row_without_enough_proxies_says_so():
     assert table["one of each"].names == ("flops",)
     assert table["one of each"].notes == ("1 of 2 proxies: no other is in reach or of the kind",)
     assert table["random z3"].notes == ("2 of 3 proxies: no other is in reach or of the kind",)
+
+
+def test_every_proxy_of_the_library_is_of_a_kind():
+    assert set(GRADIENT_BASED) == set(proxies.names())
+    # As NAS-Bench-Suite-Zero has them: with a backward pass of the loss or of outputs, or without.
+    published = {"zen", "nwot", "flops", "params", "l2_norm"}
+    published_based = {"epe_nas", "fisher", "grad_norm", "grasp", "jacov", "plain", "snip", "synflow"}
+    assert not any(GRADIENT_BASED[name] for name in published)
+    assert all(GRADIENT_BASED[name] for name in published_based)
+    scores, accuracy, params = benchmark()
+    table = ablations({"zico": scores["snip"], "swap": scores["nwot"]}, accuracy, params, resamples=0)
+    assert table["two gradient-based"].names == ("zico",)
+    assert table["two gradient-free"].names == ("swap",)
 
 
 def test_tags_of_other_proxies_can_be_given():

@@ -12,6 +12,7 @@ from networks import Cached
 from proxy_networks import CLASSES, evidence_of, unavailable
 from torch import Tensor, nn
 
+import lswag_fast
 from lswag_fast import reference_proxies as reference
 from lswag_fast.proxies import registry
 from lswag_fast.proxies.dss import Dss
@@ -146,6 +147,25 @@ def test_grasp_of_a_quadratic_loss():
     w, second = model[1].weight.detach().double(), x.T @ x / len(x)
     with evidence_of(model, images, torch.zeros(6), loss=lambda y, _: y.square().sum(1) / 2) as evidence:
         assert Grasp().value(evidence) == pytest.approx(-float((w * (w @ second @ second)).sum()), rel=1e-5)
+
+
+def test_grasp_writes_no_gradient_to_leaves_of_others():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(CLASSES))
+            self.unreached = nn.Parameter(torch.ones(CLASSES))
+            self.unreached.grad = torch.full((CLASSES,), 3.0)
+
+        def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(output * self.scale, labels, reduction="none")
+
+    model, loss, (images, labels) = networks.plain(), Scaled(), networks.batch()
+    result = lswag_fast.score(model, images, labels, loss=loss, dtype="float32", proxies=("grasp",))
+    assert math.isfinite(result.proxies["grasp"])
+    assert loss.scale.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(loss.unreached.grad, torch.full((CLASSES,), 3.0))
 
 
 def test_grasp_divides_the_logits_by_the_temperature():

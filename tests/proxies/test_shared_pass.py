@@ -286,11 +286,48 @@ def test_regularised_swap() -> None:
     assert {"name": "reg_swap", "mu": thousands - 0.5, "sigma": 2.0} in result.options["proxies"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": -1}, "sigma must be a finite number above 0, got -1"),
+        ({"sigma": 0.0}, "sigma must be"),
+        ({"sigma": math.inf}, "sigma must be"),
+        ({"sigma": math.nan}, "sigma must be"),
+        ({"sigma": "2"}, "sigma must be"),
+        ({"mu": math.nan}, "mu must be a finite number of thousands of parameters, or None, got nan"),
+        ({"mu": -math.inf}, "mu must be"),
+    ],
+)
+def test_regularised_swap_refuses_what_regularises_nothing(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RegSwap(**options)
+
+
+@pytest.mark.parametrize("mu", [1e3, 1e200])
+def test_a_regularisation_that_leaves_nothing_has_no_value(mu: float) -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=(RegSwap(mu=mu, sigma=0.5),))
+    assert math.isnan(result.proxies["reg_swap"])
+    (text,) = (text for text in result.warnings if "reg_swap has no value" in text)
+    assert f"mu = {mu:g} and sigma = 0.5" in text
+    assert f"P = {sum(p.numel() for p in model.parameters()) / 1000:g} thousand" in text
+
+
 def test_images_that_agree_everywhere_have_no_nwot() -> None:
     model, (images, labels) = build("convolutions"), batch()
     result = lswag_fast.score(model, images[:1].repeat(12, 1, 1, 1), labels, dtype="float32", proxies=("nwot",))
     assert math.isnan(result.proxies["nwot"])
     assert any("nwot has no value: the kernel is singular" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fewer_independent_patterns_than_samples_have_no_nwot(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    images, labels = batch(14)
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=("nwot",))
+    assert math.isnan(result.proxies["nwot"])
+    assert any("the 14 samples have fewer independent patterns" in text for text in result.warnings)
 
 
 def test_engine_gives_what_score_gives() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lswag_fast import reference_proxies
 from lswag_fast import reference_theory as reference
+from lswag_fast.capture import SampleAxis
 from lswag_fast.errors import InputError
+from lswag_fast.proxies.proxy import UnavailableError
 from lswag_fast.proxies.tcet import Tcet
 
 
@@ -80,3 +82,40 @@ def test_tcet_of_a_layer_off_the_fused_path_is_that_of_a_linear_layer() -> None:
         torch.manual_seed(0)
         values.append(value_of(Tcet(), Layer(einsum), images, labels))
     assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+class Mixed(nn.Module):
+    """Two layers on tokens of either order, behind a batch normalisation or none."""
+
+    def __init__(self, sequence_first: bool, coupled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm2d(3) if coupled else nn.Identity()
+        self.patch = nn.Conv2d(3, 12, 2, 2)
+        self.wide, self.narrow, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, CLASSES)
+        self.order = (2, 0, 1) if sequence_first else (0, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(self.norm(images)).flatten(2).permute(self.order)
+        x = self.narrow(self.wide(x).relu())
+        return self.head(x.mean(self.order.index(2)))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_tcet_of_samples_on_the_second_axis_is_that_of_samples_on_the_first(coupled: bool) -> None:
+    images, labels = batch()
+    expected = value_of(Tcet(), Mixed(False, coupled), images, labels)
+    with evidence_of(Mixed(True, coupled), images, labels) as evidence:
+        plan = evidence.network.plan
+        axes = [int(name in ("wide.weight", "narrow.weight")) for name in (layer.name for layer in plan.layers)]
+        plan.axes = {layer.first_call: SampleAxis(axis, 1) for layer, axis in zip(plan.layers, axes, strict=True)}
+        assert Tcet().value(evidence) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tcet_names_the_layer_whose_samples_are_on_no_known_axis() -> None:
+    images, labels = batch()
+    with evidence_of(Mixed(True, True), images, labels) as evidence:
+        plan = evidence.network.plan
+        plan.axes = {layer.first_call: SampleAxis(0, 1) for layer in plan.layers if layer.name == "patch.weight"}
+        with pytest.raises(UnavailableError, match=r"the output of wide\.weight is \[16, 6, 20\], and which axis"):
+            Tcet().value(evidence)
