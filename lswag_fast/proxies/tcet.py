@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..capture import Plan, SampleAxis
+from ..capture import Plan
 from ..capture import functions as fn
 from ..capture.functions import Kind
 from ..capture.plan import Use
@@ -186,18 +186,15 @@ class _OutputSigns(TorchFunctionMode):
         return out
 
     def _pack(self, call: int, output: Tensor) -> None:
-        if self._batch == 1 < self._samples:
-            rows = output.reshape(1, -1)
-        else:
-            rows = self._axis(call, output).split(output, self._batch)
+        rows = output.reshape(1, -1) if self._batch == 1 < self._samples else self._by_sample(call, output)
         self.words[call] = pack_signs(rows, words=self.words.get(call), first_sample=self._first)
 
-    def _axis(self, call: int, output: Tensor) -> SampleAxis:
+    def _by_sample(self, call: int, output: Tensor) -> Tensor:
         action = self._plan.actions[call]
-        axes = getattr(self._plan, "axes", {call: SampleAxis(0, len(output) // self._batch)})
-        axis: SampleAxis | None = action.axis if isinstance(action, Use) else axes.get(call)
-        if axis is None or output.shape[axis.axis] != axis.factor * self._batch:
+        use = action if isinstance(action, Use) else self._plan.observed.get(call)
+        if use is None:
             raise UnavailableError(
                 f"the output of {self.calls[call]} is {list(output.shape)}, and which axis holds the samples is unknown"
             )
-        return axis
+        # The axis is that of the product with its weight on the right.
+        return use.axis.split(output if use.weight_on_right else output.transpose(-1, -2), self._batch)

@@ -116,6 +116,6 @@ def test_tcet_names_the_layer_whose_samples_are_on_no_known_axis() -> None:
     images, labels = batch()
     with evidence_of(Mixed(True, True), images, labels) as evidence:
         plan = evidence.network.plan
-        plan.axes = {layer.first_call: SampleAxis(0, 1) for layer in plan.layers if layer.name == "patch.weight"}
+        plan.observed = {c: use for c, use in plan.observed.items() if plan.layers[use.layer].name == "patch.weight"}
         with pytest.raises(UnavailableError, match=r"the output of wide\.weight is \[16, 6, 20\], and which axis"):
             Tcet().value(evidence)
