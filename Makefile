@@ -25,8 +25,9 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
+# A process a core, each with one thread; a file's tests stay together, for what they share takes long to make.
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 sanitize: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
