@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ..laboratory import plots, report
 from ..laboratory.joining import accuracy_columns, joined, own_tasks, scores_of, text_key
 from ..laboratory.study import MIN_ARCHITECTURES, Row, TaskStudy, study
 from ..laboratory.tables import Arch, Table, read
+from .files import write_files
 from .tables import console
 
 _SHOWN = 15
@@ -101,14 +101,7 @@ def write(studies: Sequence[TaskStudy], folder: Path) -> list[str]:
     for place, (done, png) in enumerate(zip(studies, scatters, strict=True), start=1):
         if png:
             files[f"scatter-{place}-{_file_name(done.task.name)}.png"] = png
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            partial = folder / f".{name}.{os.getpid()}.partial"
-            partial.write_bytes(data)
-            os.replace(partial, folder / name)
-    except OSError as error:
-        raise InputError(f"cannot write the report into {folder} ({error}); choose another --output") from error
+    write_files(folder, files)
     return list(files)
 
 

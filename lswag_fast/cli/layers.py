@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,13 @@ from ..correlation import Floats
 from ..errors import InputError
 from ..laboratory.joining import Scores, joined
 from ..laboratory.plots import require
+from ..laboratory.stores import key_in
 from ..laboratory.study import MIN_ARCHITECTURES
 from ..laboratory.tables import Arch, read
 from ..layer_figure import draw
 from ..layer_statistics import PERCENTILES, LayerStatistics, layer_statistics, nullable
 from ..store import Run, Store
+from .files import write_files
 from .tables import chosen_run
 
 
@@ -61,7 +62,7 @@ def run(request: Request) -> None:
         )
     data = {"settings": settings.metadata, **described, "by_number_of_layers": by_depth}
     files = {"layers.json": json.dumps(data).encode(), **files}
-    _write(request.output, files)
+    write_files(request.output, files)
     if request.as_json:
         print(json.dumps(data))
         return
@@ -89,11 +90,7 @@ def _read(store: Store, settings: Run) -> tuple[LayerStatistics, list[Arch]]:
 
 
 def _tasks(request: Request, settings: Run, archs: Sequence[Arch]) -> dict[str, Accuracies]:
-    space: Any = spaces.get(**settings.metadata["space"])
-
-    def key(arch: Arch) -> str:
-        return str(space.encode(space.decode(arch) if isinstance(arch, str) else arch))
-
+    key = key_in(spaces.get(**settings.metadata["space"]))
     places = {"place": np.arange(len(archs), dtype=np.float64)[None]}
     scores = Scores(request.store.stem, [key(arch) for arch in archs], places, key)
     tables = [table for path in request.accuracies for table in read(path)]
@@ -154,14 +151,3 @@ def _said(described: dict[str, Any]) -> str:
 
 def _rho(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            partial = folder / f".{name}.{os.getpid()}.partial"
-            partial.write_bytes(data)
-            os.replace(partial, folder / name)
-    except OSError as error:
-        raise InputError(f"cannot write into {folder} ({error}); choose another --output") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _scores(space: Any, runs: Sequence[tuple[Path, Run]], notes: list[str], *, a
         notes.append(f"{len(repeats)} repeats, seeds {', '.join(map(str, repeats))}")
     keys = list(dict.fromkeys(key for found in repeats.values() for key in found))
     name = ", ".join(dict.fromkeys(path.stem for path, _ in runs))
-    return Scores(name, keys, _columns(keys, list(repeats.values())), _key_in(space), notes)
+    return Scores(name, keys, _columns(keys, list(repeats.values())), key_in(space), notes)
 
 
 def _columns(keys: Sequence[str], repeats: Sequence[dict[str, Record]]) -> dict[str, Floats]:
@@ -146,7 +146,9 @@ def _values(record: Record) -> dict[str, float | None]:
     return found | {name: getattr(record.counts, name) for name in _COUNTS}
 
 
-def _key_in(space: Any) -> Any:
+def key_in(space: Any) -> Callable[[Arch], str]:
+    """Returns what tells the architectures of a space apart: one text for every spelling of the same."""
+
     def key(arch: Arch) -> str:
         return str(space.encode(space.decode(arch) if isinstance(arch, str) else arch))
 
