@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lswag_fast import reference_proxies
 from lswag_fast import reference_theory as reference
-from lswag_fast.capture import SampleAxis
 from lswag_fast.errors import InputError
 from lswag_fast.proxies.proxy import UnavailableError
 from lswag_fast.proxies.tcet import Tcet
@@ -105,11 +104,7 @@ class Mixed(nn.Module):
 def test_tcet_of_samples_on_the_second_axis_is_that_of_samples_on_the_first(coupled: bool) -> None:
     images, labels = batch()
     expected = value_of(Tcet(), Mixed(False, coupled), images, labels)
-    with evidence_of(Mixed(True, coupled), images, labels) as evidence:
-        plan = evidence.network.plan
-        axes = [int(name in ("wide.weight", "narrow.weight")) for name in (layer.name for layer in plan.layers)]
-        plan.axes = {layer.first_call: SampleAxis(axis, 1) for layer, axis in zip(plan.layers, axes, strict=True)}
-        assert Tcet().value(evidence) == pytest.approx(expected, rel=1e-5)
+    assert value_of(Tcet(), Mixed(True, coupled), images, labels) == pytest.approx(expected, rel=1e-5)
 
 
 def test_tcet_names_the_layer_whose_samples_are_on_no_known_axis() -> None:
