@@ -79,12 +79,8 @@ ARMS = {
 
 def supernet(arm: Arm, seed: int) -> AutoFormerSupernet:
     """Returns the supernet of a seed, its matrices scaled."""
-    drawn = SPACE.supernet(seed)
-    with torch.no_grad():
-        for parameter in drawn.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(arm.spread)
-    return drawn
+    drawn = SPACE.supernet(seed).state_dict()
+    return SPACE.supernet(state_dict={n: arm.spread * w if w.dim() == 2 else w for n, w in drawn.items()})
 
 
 def scores(rows: Sequence[Mapping[str, Any]], arm: Arm, seed: int, store: Path) -> list[Record]:
