@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import measure
 
+from lswag_fast.laboratory import plots
 from lswag_fast.laboratory.study import Row, TaskStudy
 
 HOW_TO_READ = (
@@ -36,7 +38,7 @@ def table(studies: Sequence[TaskStudy], extra: Mapping[str, Mapping[str, Sequenc
 
 
 def write(name: str, settings: Mapping[str, object], studies: Mapping[str, Sequence[TaskStudy]], text: str) -> None:
-    """Writes results/<name>.json and .md, and prints the latter."""
+    """Writes results/<name>.json and .md and a heat map for each arm, and prints the text."""
     measure.RESULTS.mkdir(exist_ok=True)
     data = {
         "machine": measure.machine("cpu"),
@@ -45,6 +47,9 @@ def write(name: str, settings: Mapping[str, object], studies: Mapping[str, Seque
     }
     (measure.RESULTS / f"{name}.json").write_text(json.dumps(measure.rounded(data), indent=1) + "\n")
     (measure.RESULTS / f"{name}.md").write_text(text)
+    for arm, found in studies.items():
+        slug = re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
+        (measure.RESULTS / f"{name}-{slug}.png").write_bytes(plots.heat_map(found))
     print(text)
 
 
