@@ -18,6 +18,9 @@ import lswag_fast
 from lswag_fast import proxies
 
 SAMPLES = 16
+SHARED = ("lswag", "lambda", "psi", "zico", "swap", "reg_swap", "nwot", "grad_norm", "snip", "plain", "fisher")
+SHARED = (*SHARED, "gradsign", "gsnr", "te_nas_regions", "l2_norm", "params", "flops")
+"""Those that run no pass of their own."""
 ALONE, TOGETHER = "L-SWAG alone", "all that share its pass"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,13 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_shared_proxies(benchmark: BenchmarkFixture, device: str, rounds: int, show: Show, dtype: str) -> None:
     subject = Subject(SAMPLES, device)
-    shared = [name for name in proxies.names() if proxies.get(name).needs]
 
     def score(*names: str) -> lswag_fast.LswagResult:
         model = subject.supernet.subnet(ARCH)
         return lswag_fast.score(model, subject.images, subject.labels, dtype=dtype, proxies=names)
 
-    in_turn = measure.Rounds({ALONE: lambda: score("lswag"), TOGETHER: lambda: score(*shared)}, device)
+    in_turn = measure.Rounds({ALONE: lambda: score("lswag"), TOGETHER: lambda: score(*SHARED)}, device)
     benchmark.pedantic(in_turn, rounds=rounds)
     methods = in_turn.summary(ALONE)
     result = score(*proxies.names())
@@ -43,7 +45,7 @@ def test_all_shared_proxies(benchmark: BenchmarkFixture, device: str, rounds: in
         "arch": ARCH,
         "samples": SAMPLES,
         "dtype": dtype,
-        "shared": shared,
+        "shared": SHARED,
         "methods": methods,
         "seconds_of_each_in_one_score": seconds,
         "values": result.proxies,
