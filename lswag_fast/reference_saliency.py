@@ -5,10 +5,14 @@ Where samples are coupled, each group is a batch of its own; the gradient of "th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .reference import (
     _LAYERS,
@@ -16,6 +20,7 @@ from .reference import (
     _cross_entropy,
     _float64_twin,
     _groups,
+    activation_patterns,
     group_gradients,
     moments_of,
     samples_are_coupled,
@@ -119,3 +124,37 @@ def nwot(activations: Sequence[Tensor]) -> float:
         for n in range(samples):
             kernel[m, n] = sum(int(((a[m] > 0) == (a[n] > 0)).sum()) for a in activations)
     return float(torch.linalg.slogdet(kernel)[1])
+
+
+def regularised_swap(activations: Sequence[Tensor], parameters: int, mu: float, sigma: float) -> float:
+    """Returns the number of distinct patterns of post-activations [S, ...], times exp(-(P / 1000 - mu)^2 / sigma)."""
+    return activation_patterns(activations)[0] * math.exp(-((parameters / 1000 - mu) ** 2) / sigma)
+
+
+def multiply_adds(model: nn.Module, image: Tensor) -> int:
+    """Returns the multiply-adds of one image [...]: those of every matrix product and convolution that torch runs."""
+    twin = _float64_twin(model).eval()
+    with sdpa_kernel(SDPBackend.MATH), _Products() as products:
+        twin(image[None].double())
+    return int(products.count)
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts multiply-adds, operation by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.count += out.numel() * args[0].shape[-1]
+        elif name.rstrip("_") in ("addmm", "baddbmm"):
+            self.count += out.numel() * args[1].shape[-1]
+        elif name == "convolution":
+            self.count += out.numel() * args[1][0].numel()  # a kernel [O, I / groups, ...]
+        return out

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import networks
+import proxy_networks
 import pytest
+import theory_networks
 import torch
 from networks import CLASSES, IMAGE
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from lswag_fast.proxies.swap import RegSwap
 
 SHARED = ("lambda", "psi", "zico", "swap", "reg_swap", "nwot", "grad_norm", "snip", "plain", "fisher", "gradsign")
 SHARED = (*SHARED, "gsnr", "l2_norm", "params", "flops")
-OF_GROUPS = {name: getattr(definitions, name) for name in ("zico", "gradsign", "gsnr", "grad_norm", "plain", "snip")}
+OF_GROUPS = {name: getattr(definitions, name) for name in ("zico", "gsnr", "grad_norm", "plain", "snip")}
 
 
 def convolutions() -> nn.Module:
@@ -79,13 +81,22 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "sequence first": networks.SequenceFirst,
     "used twice": networks.Repeated,
     "tied and transposed": networks.Tied,
+    "residuals": theory_networks.cnn,
+    "residuals in training": lambda: theory_networks.cnn(training=True),
+    "vision transformer": theory_networks.vit,
+    "attention written out": proxy_networks.transformer,
 }
-ONLY_MODULES = {
+ONLY_MODULES = (
     "in place",
     "convolutions",
     "batch norm",
     "batch norm in eval mode",
-}  # whose layers are all called as modules
+    "used twice",
+    "residuals",
+    "residuals in training",
+    "vision transformer",
+)
+"""Those whose layers are all called as modules."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +109,10 @@ class Broken(Proxy):
         raise ValueError("no such thing")
 
 
-def batch(samples: int = 12) -> tuple[Tensor, Tensor]:
+def batch(samples: int = 12, classes: int = CLASSES, size: int = IMAGE[-1]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(samples, *IMAGE, generator=generator)
-    return images, torch.randint(CLASSES, (samples,), generator=generator)
+    images = torch.randn(samples, 3, size, size, generator=generator)
+    return images, torch.randint(classes, (samples,), generator=generator)
 
 
 def build(name: str) -> nn.Module:
@@ -110,28 +121,53 @@ def build(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("groups", [4, 6])
-def test_every_proxy_as_defined(name: str, groups: int) -> None:
-    model, (images, labels) = build(name), batch()
-    result = lswag_fast.score(model, images, labels, groups=groups, dtype="float32", proxies=SHARED)
+@pytest.mark.parametrize("many_groups", [False, True])
+def test_every_proxy_as_defined(name: str, many_groups: bool) -> None:
+    model, (images, labels) = build(name), batch(classes=proxy_networks.CLASSES)
+    # Where samples are coupled, one alone has no gradient.
+    groups = (6 if reference.samples_are_coupled(model) else 12) if many_groups else 4
+    result = as_defined(model, images, labels, groups)
+    assert result.proxies["flops"] == definitions.multiply_adds(model, images[0])
+
+
+def test_every_proxy_of_an_autoformer_as_defined() -> None:
+    model, (images, labels) = proxy_networks.autoformer(), batch(classes=proxy_networks.CLASSES, size=32)
+    found = as_defined(model, images, labels, 12).proxies
+    fisher = lswag_fast.score(model, images, labels, dtype="float32", proxies=("fisher",)).proxies["fisher"]
+    assert fisher == pytest.approx(definitions.fisher(model, images, labels, 12), rel=1e-4)
+    space = spaces.get("autoformer-tiny", image_size=32, num_classes=proxy_networks.CLASSES)
+    (arch,) = space.sample(1, seed=0)
+    assert (found["params"], found["flops"]) == (space.params(arch), space.macs(arch))
+
+
+def as_defined(model: nn.Module, images: Tensor, labels: Tensor, groups: int) -> lswag_fast.LswagResult:
+    """Holds the proxies of the shared pass, but Fisher and flops, to their definitions; returns the result."""
+    thousands = sum(p.numel() for p in model.parameters()) / 1000
+    chosen = ("lswag", *(name for name in SHARED if name != "reg_swap"), RegSwap(mu=thousands + 0.2, sigma=0.3))
+    result = lswag_fast.score(model, images, labels, groups=groups, dtype="float32", proxies=chosen)
     layers = [row.name for row in result.layers]
     for proxy, definition in OF_GROUPS.items():
         expected = definition(model, images, labels, groups, layers)
-        # `plain` has the rounding of snip's terms, which cancel in it.
-        scale = abs(result.proxies["snip"]) if proxy == "plain" else abs(expected)
-        assert result.proxies[proxy] == pytest.approx(expected, abs=1e-4 * scale), proxy
+        assert result.proxies[proxy] == pytest.approx(expected, rel=1e-4), proxy
+    expected = definitions.gradsign(model, images, labels, groups, layers)
+    gradients = reference.group_gradients(model, images, labels, groups, layers).values()
+    undecided = sum(int((abs(g) <= 1e-6 * g.abs().mean()).sum() - (g == 0).sum()) for of in gradients for g in of)
+    assert result.proxies["gradsign"] == pytest.approx(expected, rel=1e-12, abs=2 * undecided)
     score = reference.lswag(model, images, labels, parameters=layers, groups=groups)
     signs = reference.activation_signs(model, images, labels, groups)
     assert result.proxies["nwot"] == pytest.approx(definitions.nwot(signs), rel=1e-10)
     assert result.proxies["swap"] == result.proxies["psi"] == score.expressivity
+    expected = definitions.regularised_swap(signs, round(1000 * thousands), thousands + 0.2, 0.3)
+    assert result.proxies["reg_swap"] == pytest.approx(expected, rel=1e-12)
     assert result.proxies["lambda"] == pytest.approx(score.trainability, rel=1e-4)
+    assert result.proxies["lswag"] == pytest.approx(score.lswag, rel=1e-4)
     assert result.proxies["l2_norm"] == pytest.approx(definitions.l2_norm(model, layers), rel=1e-6)
-    assert result.proxies["params"] == sum(p.numel() for p in model.parameters())
-    assert result.proxies["flops"] == result.counts.multiply_adds
+    assert result.proxies["params"] == round(1000 * thousands)
     assert not any("has no value" in text or "failed" in text for text in result.warnings)
+    return result
 
 
-@pytest.mark.parametrize("name", sorted(ONLY_MODULES))
+@pytest.mark.parametrize("name", ONLY_MODULES)
 def test_fisher_as_defined(name: str) -> None:
     model, (images, labels) = build(name), batch()
     result = lswag_fast.score(model, images, labels, groups=4, dtype="float32", proxies=("fisher",))

@@ -145,6 +145,23 @@ def test_params_and_macs_are_the_published_ones(task: str, classes: int, size: i
         assert round(float(row["flops"]) * 1e6) == space.macs(row["arch"]) + elementwise
 
 
+def test_cells_without_a_path_are_those_that_learned_nothing(shared_data: Path, space: spaces.NASBench201Space) -> None:
+    """Counts know neither skips from zeros nor one edge from another; accuracies above chance do."""
+    table = shared_data / "nasbench201_accuracy.csv.gz"
+    if not table.exists():
+        pytest.skip(f"the published table {table.name} is not there")
+    with gzip.open(table, "rt", newline="") as file:
+        learned = {row["arch"]: float(row["cifar10"]) > 15 for row in csv.DictReader(file)}
+    assert list(learned) == [space.encode(arch) for arch in space]
+    for arch, above_chance in learned.items():
+        reached = {0}
+        for node in re.sub(r"^\||\|$", "", space.published_form(arch)).split("|+|"):
+            operations = [(name, int(start)) for name, start in re.findall(r"(\w+)~(\d)", node)]
+            if any(name != "none" and start in reached for name, start in operations):
+                reached.add(len(operations))
+        assert above_chance == (3 in reached), arch
+
+
 def test_every_spelling_is_the_same_candidate(space: spaces.NASBench201Space) -> None:
     text = "(2, 0, 3, 4, 2, 1)"
     spellings: list[Any] = [EVERY_OPERATION, list(EVERY_OPERATION), text, "[2,0,3,4,2,1]", PUBLISHED_FORM]
