@@ -6,8 +6,9 @@ Lee, Ham, CVPR 2024 (arXiv 2403.19232). Where paper and public code (cvlab-yonse
   NAS-Bench-201; in vision transformers the sums after attention and after the MLP of every block, without what goes
   into the first. Here they are found in any module (`block_names`), a transformer block is one step, and what goes
   into the first block is a feature, as the stem is there. `blocks` names others.
-- The code feeds Gaussian images, draws weights anew (Kaiming normal) and has batch normalisation in training mode; here
-  the images, weights and modes are those of the score. `inputs="noise"` feeds Gaussian images.
+- The code feeds Gaussian images, draws the weights of convolutional networks anew (Kaiming normal) and has batch
+  normalisation in training mode, and keeps transformers as they are; here the images, weights and modes are those of
+  the score. `inputs="noise"` feeds Gaussian images.
 - 1e-8 in the logarithm of the entropy and 1e-6 in the reciprocal of the spectral norm are the code's; so is -inf for
   features that do not vary, and for a block that hands gradients through unchanged (a cell of skips alone). The code
   for transformers leaves such a block out.
@@ -113,6 +114,10 @@ class Trainability(_OfBlocks):
     for one v of random signs at the block's output. Where a block divides the positions along an axis by a whole
     number, the positions in that make one position out are channels. Signs are drawn from the seed, on the CPU, for
     the last block first.
+
+    One v leaves noise in the estimate: of a block that is the identity, the mean over N positions (of all samples) of
+    v v^T with C channels has the spectral norm (1 + sqrt(C / N))^2 and not 1. Blocks of a transformer of small initial
+    weights are nearly that, so that the value falls with the width there, and rises with the samples.
     """
 
     name: ClassVar[str] = "az_nas_trainability"

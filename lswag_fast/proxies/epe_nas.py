@@ -26,7 +26,8 @@ class EpeNas(Proxy):
 
     Where the paper counts a pair once, its code, NASLib and NAS-Bench-Suite-Zero count it twice, and so does this. As
     in that code, the number of classes is that of the logits; a class of one sample has e_c = log(1 + 1e-5), and with
-    more than 100 classes it is left out. The rows are those of `jacov`, in float32; all else is float64.
+    more than 100 classes it is left out. The rows are those of `jacov`, in float32; all else is float64. Where all
+    pairs of images correlate alike, as in AutoFormer at initialisation, both fall with that correlation and rank alike.
     """
 
     name: ClassVar[str] = "epe_nas"

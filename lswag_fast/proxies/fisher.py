@@ -22,7 +22,7 @@ class Fisher(Proxy):
     name: ClassVar[str] = "fisher"
     source: ClassVar[str] = (
         "Turner, Crowley, O'Boyle, Storkey, Gray, ICLR 2020, as a score: "
-        "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021"
+        "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021, equation 2"
     )
     gradient_based: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.OUTPUTS,))

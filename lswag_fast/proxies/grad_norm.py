@@ -18,7 +18,7 @@ class GradNorm(Proxy):
     """
 
     name: ClassVar[str] = "grad_norm"
-    source: ClassVar[str] = "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021"
+    source: ClassVar[str] = "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021, section 3.2"
     gradient_based: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.GRADIENT,))
 

@@ -12,7 +12,10 @@ from .proxy import Need, Proxy
 
 @dataclass(frozen=True)
 class GradSign(Proxy):
-    """Sum over weights of |sum over groups of sign(g_k)|, with the groups of the score (one a sample by default)."""
+    """Sum over weights of |sum over groups of sign(g_k)|, with the groups of the score (one a sample by default).
+
+    An integer: exact for the same gradients. A gradient that is 0 but for rounding has the sign of its rounding.
+    """
 
     name: ClassVar[str] = "gradsign"
     source: ClassVar[str] = "Zhang, Jia, ICLR 2022, algorithm 1"

@@ -43,7 +43,10 @@ class Trainability(Proxy):
 
 @dataclass(frozen=True)
 class Expressivity(Proxy):
-    """Psi: the number of distinct sample-wise activation patterns up to the end of the window (equation 7)."""
+    """Psi: the number of distinct sample-wise activation patterns up to the end of the window (equation 7).
+
+    ReLU, ReLU6, GELU, SiLU and Hardswish count alike, by the sign of their value.
+    """
 
     name: ClassVar[str] = "psi"
     source: ClassVar[str] = f"{_SOURCE}, equation 7"

@@ -15,6 +15,7 @@ class Nwot(Proxy):
     """log |det K| with K[m, n] the number of positions at which samples m and n agree in the sign of an activation.
 
     All activations of the network are taken, over the first `pattern_samples` samples; the determinant is in float64.
+    Defined there for ReLU; as in the L-SWAG paper, GELU, SiLU and Hardswish count by the sign of their value.
     K is singular (`log_determinant`) where two samples agree everywhere or fewer patterns than samples are independent;
     the value would be -inf, or rounding, and is NaN with the reason.
     """

@@ -19,7 +19,7 @@ class Snip(Proxy):
 
     name: ClassVar[str] = "snip"
     source: ClassVar[str] = (
-        "Lee, Ajanthan, Torr, ICLR 2019, as a score: Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021"
+        "Lee, Ajanthan, Torr, ICLR 2019, as a score: Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021, equation 1"
     )
     gradient_based: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.GRADIENT,))

@@ -19,7 +19,7 @@ class Zico(Proxy):
     """
 
     name: ClassVar[str] = "zico"
-    source: ClassVar[str] = "Li, Yang, Bhardwaj, Marculescu, ICLR 2023"
+    source: ClassVar[str] = "Li, Yang, Bhardwaj, Marculescu, ICLR 2023, section 3.3"
     gradient_based: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.MOMENTS,))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import proxy_networks as networks
 import pytest
+import theory_networks
 import torch
 import torch.nn.functional as F
 from proxy_networks import CLASSES, evidence_of, unavailable
@@ -91,12 +92,36 @@ def test_zen_finds_the_features_before_pooling(pool: Callable[[Tensor], Tensor])
     assert value == pytest.approx(expected, rel=1e-4)
 
 
-def test_zen_takes_the_mean_over_tokens():
-    images, labels = networks.batch()
-    for model in (networks.transformer(), networks.autoformer()):
-        scaled = images if isinstance(model, networks.Transformer) else networks.batch(size=32)[0]
-        with evidence_of(model, scaled, labels) as evidence:
-            assert math.isfinite(Zen().value(evidence))
+def output_of(path: str, first_token: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Returns what gives the tokens, from one on, that a module of this path puts out."""
+
+    def features(model: nn.Module, images: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        hook = model.get_submodule(path).register_forward_hook(lambda module, args, output: found.append(output))
+        model(images)
+        hook.remove()
+        return found[0][:, first_token:]
+
+    return features
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "path", "first_token"),
+    [
+        (networks.transformer, networks.SIZE, "norms.4", 0),
+        (theory_networks.vit, networks.SIZE, "norm", 0),
+        (networks.autoformer, 32, "norm", 1),
+    ],
+)
+def test_zen_of_a_transformer_takes_the_tokens_before_their_mean(
+    make: Callable[[], nn.Module], size: int, path: str, first_token: int
+):
+    model, (images, labels) = make(), networks.batch(size=size)
+    with evidence_of(model, images, labels, seed=5) as evidence:
+        value = Zen(gamma=0.1).value(evidence)
+        weights, x, noise = drawn(evidence, images, 5)
+    expected = reference.zen(model, output_of(path, first_token), weights, x, noise, 0.1)
+    assert value == pytest.approx(expected, rel=1e-4)
 
 
 class ClassToken(nn.Module):
