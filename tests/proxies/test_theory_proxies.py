@@ -42,6 +42,16 @@ def test_score_gives_them_and_their_parts() -> None:
             assert math.isclose(inside.proxies[name], result.proxies[name], rel_tol=1e-4), name
 
 
+def test_every_proxy_of_the_library_has_a_value_and_its_seconds_on_a_transformer() -> None:
+    images, labels = batch()
+    result = lswag_fast.score(vit(), images, labels, proxies=registry.names(), dtype="float32", seed=3)
+    assert list(result.proxies) == list(result.proxy_seconds) == list(registry.names())
+    assert all(math.isfinite(value) for value in result.proxies.values())
+    assert all(seconds > 0 for seconds in result.proxy_seconds.values())
+    conditions = {"jacov": "conditioning", "grasp": "conditioning", "te_nas_ntk": "relative_rounding"}
+    assert all(result.proxy_details[name][detail] > 0 for name, detail in conditions.items())
+
+
 def test_all_are_registered_with_a_source() -> None:
     assert len(NAMES) == 9
     for name in NAMES:
