@@ -186,10 +186,10 @@ def multiply_adds(kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if kind is Kind.ATTENTION:
         if func is attention_op.relative_attention:
             return _relative_attention_multiply_adds(*args, **kwargs)
-        query, key, value = args[0], args[1], args[2]
+        query, key, value = _bind(("query", "key", "value"), (None, None, None), args, kwargs)
         return int(query.numel() * key.shape[-2] + query.shape[:-1].numel() * key.shape[-2] * value.shape[-1])
     if kind is Kind.PRODUCT:
-        return _product_multiply_adds(func, args, out)
+        return _product_multiply_adds(func, args, kwargs, out)
     return 0
 
 
@@ -215,8 +215,8 @@ def _relative_attention_multiply_adds(
     return samples * attention_op.multiply_adds(1, tokens, heads, width // (3 * heads), key_tables[0].shape[0])
 
 
-def _product_multiply_adds(func: Any, args: tuple[Any, ...], out: Tensor) -> int:
-    operands = tensors_in(args)
+def _product_multiply_adds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:
+    operands = tensors_in((args, kwargs))
     if func is torch.einsum and isinstance(args[0], str) and "." not in args[0]:
         terms = args[0].replace(" ", "").split("->")[0].split(",")
         sizes = {

@@ -3,8 +3,9 @@ from __future__ import annotations
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import CLASSES, IMAGE
-from torch import nn
+from torch import Tensor, nn
 
 import lswag_fast
 from lswag_fast import reference
@@ -240,3 +241,29 @@ def test_weights_that_nothing_covers_are_named_once() -> None:
         result = lswag_fast.score(Opaque(), images, labels)
     assert result.uncovered == ("secret",)
     assert len(caught) == 1
+
+
+class Named(networks.Base):
+    """Attention and a product of activations, their operands by name or by place."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+        self.named = named
+
+    def body(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if not self.named:
+            return F.gelu(torch.bmm(F.scaled_dot_product_attention(q, k, v), x.transpose(1, 2)) @ x)
+        attended = F.scaled_dot_product_attention(query=q, key=k, value=v)
+        return F.gelu(torch.bmm(input=attended, mat2=x.transpose(1, 2)) @ x)
+
+
+def test_operands_may_be_given_by_name() -> None:
+    images, labels = torch.randn(6, *IMAGE), torch.arange(6) % CLASSES
+    found = []
+    for named in (False, True):
+        torch.manual_seed(0)
+        model = Named(named)
+        found.append(lswag_fast.score(model, images, labels, dtype="float32", proxies=("lambda", "flops", "dss")))
+    assert found[0].proxies == found[1].proxies
