@@ -17,6 +17,11 @@ class Fisher(Proxy):
     y is the output of a layer, d the gradient of the batch's mean loss there. As in the code of the source, y is taken
     before the activation. Its code knows images [S, C, H, W] and vectors [S, C]; here any position counts, tokens too.
     A weight that is used several times adds a term a use.
+
+    Both papers add up channels, and so does this. The code (zero-cost-nas, NASLib) lends the value of a channel to each
+    of its weights, as masks for pruning need, and adds up weights: a channel counts as often as its kernel has entries.
+    NAS-Bench-Suite-Zero publishes that sum. On 40 of its cells this has a rank correlation of 0.90 with the published
+    values, where the sum over weights has 0.97 and, at their 32 samples, their size.
     """
 
     name: ClassVar[str] = "fisher"
