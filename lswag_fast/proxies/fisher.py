@@ -20,8 +20,8 @@ class Fisher(Proxy):
 
     Both papers add up channels, and so does this. The code (zero-cost-nas, NASLib) lends the value of a channel to each
     of its weights, as masks for pruning need, and adds up weights: a channel counts as often as its kernel has entries.
-    NAS-Bench-Suite-Zero publishes that sum. On 40 of its cells this has a rank correlation of 0.90 with the published
-    values, where the sum over weights has 0.97 and, at their 32 samples, their size.
+    NAS-Bench-Suite-Zero publishes that sum: on 40 of its cells, 32 photographs and one batch, it has a rank correlation
+    of 0.96 with the published values, the sum over channels 0.89.
     """
 
     name: ClassVar[str] = "fisher"
