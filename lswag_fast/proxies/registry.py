@@ -10,11 +10,11 @@ from .proxy import Proxy
 
 _HOMES = {
     "lswag": "lswag.Lswag",
-    "lambda": "lswag.Trainability",
-    "psi": "lswag.Expressivity",
+    "lambda": "trainability.Trainability",
+    "psi": "expressivity.Expressivity",
     "zico": "zico.Zico",
     "swap": "swap.Swap",
-    "reg_swap": "swap.RegSwap",
+    "reg_swap": "reg_swap.RegSwap",
     "nwot": "nwot.Nwot",
     "grad_norm": "grad_norm.GradNorm",
     "snip": "snip.Snip",
@@ -38,8 +38,8 @@ _HOMES = {
     "az_nas_trainability": "az_nas.Trainability",
     "az_nas_complexity": "az_nas.Complexity",
     "tcet": "tcet.Tcet",
-    "params": "counts.Parameters",
-    "flops": "counts.Flops",
+    "params": "params.Parameters",
+    "flops": "flops.Flops",
 }
 
 

@@ -25,7 +25,7 @@ from lswag_fast.errors import InputError
 from lswag_fast.options import ScoreOptions
 from lswag_fast.proxies.evidence import Evidence
 from lswag_fast.proxies.proxy import Proxy
-from lswag_fast.proxies.swap import RegSwap
+from lswag_fast.proxies.reg_swap import RegSwap
 
 SHARED = ("lambda", "psi", "zico", "swap", "reg_swap", "nwot", "grad_norm", "snip", "plain", "fisher", "gradsign")
 SHARED = (*SHARED, "gsnr", "l2_norm", "params", "flops")

@@ -1,0 +1,22 @@
+"""The number of parameters, a baseline that every proxy is read beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .evidence import Evidence
+from .proxy import Proxy
+
+
+@dataclass(frozen=True)
+class Parameters(Proxy):
+    """Number of entries of all parameters."""
+
+    name: ClassVar[str] = "params"
+    source: ClassVar[str] = "a baseline of Ning et al., NeurIPS 2021, and Krishnakumar et al., NeurIPS 2022"
+    gradient_based: ClassVar[bool] = False
+
+    def value(self, evidence: Evidence) -> float:
+        """Returns the value for one network."""
+        return float(evidence.parameters)
