@@ -278,7 +278,8 @@ def _row(
     warnings = [f"has no value for {absent} of {len(task.archs)} architectures, which are left out"] if absent else []
     is_count = name in task.counts
     if found is None:
-        warnings.append(f"is {values[0, 0]:g} for every architecture" + (" of a repeat" if len(values) > 1 else ""))
+        where = "" if (values == values[0, 0]).all() else " of the first repeat, and constant in the others too"
+        warnings.append(f"is {values[0, 0]:g} for every architecture{where}")
         return Row(task.name, name, "constant", count, is_count, warnings=tuple(warnings))
     constant = sum(math.isnan(rho) for rho in found["spearman"].by_repeat)
     if constant:
@@ -306,6 +307,6 @@ def _readings(found: Mapping[str, Estimate], counts: Sequence[str]) -> list[str]
     elif partial.low <= 0 <= partial.high:
         near = abs(partial.value) < _NEAR_ZERO
         reading = "ranks as its counts do" if near else "may know nothing beyond its counts"
-        interval = f"{partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]"
-        said.append(f"{reading}: rho is {rho.value:.2f}, but {interval} given {given}")
+        interval = f"{partial.value:z.2f} [{partial.low:z.2f}, {partial.high:z.2f}]"
+        said.append(f"{reading}: rho is {rho.value:z.2f}, but {interval} given {given}")
     return said
