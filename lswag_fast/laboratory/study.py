@@ -179,6 +179,9 @@ def _studied(task: Task, names: Sequence[str], top: int, draws: int | None) -> T
     if len(task.archs) < _ROWS_A_COUNT * (1 + len(task.counts)):
         note = f"{len(task.archs)} architectures are few for partial correlations given {len(task.counts)} counts"
         task = replace(task, notes=(*task.notes, f"{note}: read those with care"))
+    if not task.counts:
+        note = "no column counts parameters or the like, so it is not known what proxies tell beyond counts"
+        task = replace(task, notes=(*task.notes, note))
     rows: list[Row] = []
     by_presence: dict[bytes, list[str]] = {}
     for name in names:

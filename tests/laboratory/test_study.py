@@ -172,6 +172,15 @@ def test_what_cannot_be_studied_is_refused(broken, arguments, message):
         study([broken(task())], **arguments)
 
 
+def test_a_table_without_counts_is_told():
+    toy = task()
+    (done,) = study([replace(toy, proxies={"good": toy.proxies["good"]}, counts=())], draws=20)
+    assert done.task.notes == (
+        "no column counts parameters or the like, so it is not known what proxies tell beyond counts",
+    )
+    assert "partial" not in row(done, "good").estimates
+
+
 def test_few_architectures_for_the_counts_are_told():
     toy = task()
     assert not study([toy], draws=20)[0].task.notes

@@ -63,6 +63,7 @@ def test_suite_zero_json(tmp_path: Path):
     first, second = read(written(tmp_path / "zc_nasbench201.json", json.dumps(SETS)))
     assert (first.name, second.name) == ("nasbench201-cifar10", "nasbench201-cifar100")
     assert first.archs == ("(0, 1)", "(1, 1)")
+    assert set(first.columns) == {"synflow", "val_accuracy"}
     np.testing.assert_array_equal(first.columns["synflow"], [3, np.nan])
     np.testing.assert_array_equal(first.columns["val_accuracy"], [90, 80])
     assert second.columns["synflow"].tolist() == [4]
