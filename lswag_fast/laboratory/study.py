@@ -301,7 +301,7 @@ def _readings(found: Mapping[str, Estimate], counts: Sequence[str]) -> list[str]
     rho, partial = found["spearman"], found.get("partial")
     said = []
     if rho.high < 0:
-        said.append("ranks the wrong way round: the lower it is, the better the architecture")
+        said.append("ranks the wrong way round: architectures that it ranks low are the better ones")
     if partial is None or rho.low <= 0 <= rho.high:
         return said
     given = " and ".join(filter(None, (", ".join(counts[:-1]), counts[-1])))
