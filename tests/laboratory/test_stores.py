@@ -123,6 +123,25 @@ def test_a_proxy_that_is_best_at_its_lowest_is_turned(tmp_path: Path):
     assert [note.split(" is ")[0] for note in scores.notes] == ["te_nas_ntk", "mine"]
 
 
+def test_te_nas_and_az_nas_are_combined_by_ranks_where_their_parts_are_there(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    kinds = ("expressivity", "progressivity", "trainability", "complexity")
+    names = ("te_nas_regions", "te_nas_ntk", *(f"az_nas_{kind}" for kind in kinds))
+    values = {name: generator.normal(size=12) for name in names}
+    described = [{"name": "lswag"}, *({"name": name} for name in names)]
+    path = tmp_path / "s.db"
+    for place, arch in enumerate(ARCHS):
+        proxies = {name: column[place] for name, column in values.items()}
+        keep(path, 0, archs=[arch], options={"proxies": described}, proxies=proxies)
+    found = stores.read([path]).columns
+    ranks = {name: np.argsort(np.argsort(column)) + 1 for name, column in values.items()}
+    np.testing.assert_array_equal(found["te_nas_by_ranks"][0], ranks["te_nas_regions"] + 13 - ranks["te_nas_ntk"])
+    logs = np.mean([np.log(ranks[f"az_nas_{kind}"] / 12) for kind in kinds], axis=0)
+    np.testing.assert_allclose(found["az_nas_by_ranks"][0], logs)
+    keep(tmp_path / "t.db", 0, proxies={"te_nas_ntk": 1.0})
+    assert not [name for name in stores.read([tmp_path / "t.db"]).columns if name.endswith("_by_ranks")]
+
+
 def test_several_stores_come_together(tmp_path: Path):
     keep(tmp_path / "a.db", 0)
     keep(tmp_path / "b.db", 1, archs=ARCHS[::-1])
