@@ -324,8 +324,8 @@ def main() -> None:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     cost = {"seconds": time.perf_counter() - start, "processor_seconds": usage.ru_utime + usage.ru_stime}
     machine = {**measure.machine("cpu"), "scikit-learn": sklearn_version, "workers": arguments.workers, **cost}
-    text = json.dumps(measure.rounded({"machine": machine, **data}))
-    (arguments.output / f"{NAME}.json").write_text(text + "\n")
+    data = measure.rounded({"machine": machine, **data})
+    (arguments.output / f"{NAME}.json").write_text(json.dumps(data) + "\n")
     (arguments.output / f"{NAME}.md").write_text(markdown(data))
     print(markdown(data))
 

@@ -68,6 +68,17 @@ def test_warning_is_said_once(run: Run) -> None:
     assert "Warning (3 of 3 candidates)" in out
 
 
+def test_warnings_that_name_different_layers_are_one_line_of_readable_length(run: Run) -> None:
+    cells = ["(2, 2, 1, 1, 1, 2)", "(1, 2, 2, 1, 2, 0)", "(2, 1, 1, 1, 1, 0)"]  # with convolutions that lead nowhere
+    Path("a.txt").write_text("\n".join(cells))
+    _, out, _ = run("score", "--space", "nasbench201", "--archs", "a.txt", "--image-size", "8", *SIZES[2:])
+    dead = [line for line in out.splitlines() if "layers of dead weights alone" in line]
+    assert len(dead) == 1
+    assert dead[0].startswith("Warning (3 of 3 candidates): layers of dead weights alone, which add nothing: cells.0.")
+    assert dead[0].endswith(" ...")
+    assert len(dead[0]) < 280
+
+
 def test_json_is_one_object_a_record_and_nothing_else(run: Run) -> None:
     code, out, _ = run(*SCORE, "--count", "2", "--json")
     records = [json.loads(line) for line in out.splitlines()]

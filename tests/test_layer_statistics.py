@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from lswag_fast import Scorer, cli, score, spaces
+from lswag_fast.correlation import partial_spearman
 from lswag_fast.errors import InputError
 from lswag_fast.layer_figure import draw
 from lswag_fast.layer_statistics import (
@@ -22,6 +23,7 @@ from lswag_fast.layer_statistics import (
 )
 from lswag_fast.proxies.result import LayerRow
 from lswag_fast.reference import percentile
+from lswag_fast.store import Store
 
 
 def network(log_sigma: list[float], terms: list[float] | None = None, **changes: Any) -> list[LayerRow]:
@@ -195,6 +197,20 @@ def test_command_writes_figures_and_numbers(
     expected = statistics.window_rho(list(accuracy.values()))
     assert data["accuracies"]["cifar10"]["rho_of_the_whole"] == pytest.approx(expected[0, 10])
     assert data["accuracies"]["cifar10"]["rho_by_percentile"][4] == pytest.approx(expected[4, 4])
+    windows = data["accuracies"]["cifar10"]["windows"]
+    assert windows["whole"]["spearman"] == pytest.approx(expected[0, 10])
+    assert windows["whole"]["spearman_low"] <= expected[0, 10] <= windows["whole"]["spearman_high"]
+    order = {space.encode(arch): place for place, arch in enumerate(archs)}
+    records = [None] * len(archs)
+    with Store(Path("s.db"), read_only=True) as kept:
+        for record in kept.records():
+            records[order[space.encode(record.arch)]] = record
+    names = ("parameters", "multiply_adds", "sum_log_numel", "positions")
+    counts = [[getattr(record.counts, name) for record in records] for name in names]
+    partial = partial_spearman(statistics.trainability((0, 100)), list(accuracy.values()), counts)
+    assert windows["whole"]["partial"] == pytest.approx(partial)
+    assert "given the counts (parameters, multiply_adds, sum_log_numel, positions): " in out
+    assert "1 rows of a have no scores: (1, 1, 1, 1, 1, 1)" in out
     check_by_depth(data, statistics, np.array(list(accuracy.values())))
     for figure in Path("o").glob("*.png"):
         assert figure.read_bytes().startswith(b"\x89PNG")

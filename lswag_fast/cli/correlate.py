@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -243,8 +244,11 @@ def _cells(row: Row) -> list[str]:
     if not row.estimates:
         return [row.proxy, row.status]
     rho, partial = row.estimates["spearman"], row.estimates.get("partial")
-    others = [f"{row.estimates[name].value:.3g}" for name in ("kendall", "precision", "regret")]
-    beyond = [f"{partial.value:.3f}", f"[{partial.low:.2f}, {partial.high:.2f}]"] if partial else ["", ""]
+    forms = {"kendall": "z.3f", "precision": ".2f", "regret": ".3g"}
+    others = [format(row.estimates[name].value, form) for name, form in forms.items()]
+    beyond = [f"{partial.value:z.3f}", f"[{partial.low:z.2f}, {partial.high:z.2f}]"] if partial else ["", ""]
+    if partial and math.isnan(partial.value):
+        beyond = ["none left", ""]
     spread = f" ± {rho.spread:.3f}" if len(rho.by_repeat) > 1 else ""
-    nearest = f"{row.closest_count} {row.rho_with_count:.2f}" if row.closest_count else "count" * row.is_count
-    return [row.proxy, f"{rho.value:.3f}{spread}", f"[{rho.low:.2f}, {rho.high:.2f}]", *others, *beyond, nearest]
+    nearest = f"{row.closest_count} {row.rho_with_count:z.2f}" if row.closest_count else "count" * row.is_count
+    return [row.proxy, f"{rho.value:z.3f}{spread}", f"[{rho.low:z.2f}, {rho.high:z.2f}]", *others, *beyond, nearest]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ..correlation import Floats
 from ..errors import InputError
 from ..laboratory.joining import Scores, joined
 from ..laboratory.plots import require
-from ..laboratory.stores import key_in
-from ..laboratory.study import MIN_ARCHITECTURES
+from ..laboratory.stores import COUNT_NAMES, key_in
+from ..laboratory.study import MIN_ARCHITECTURES, Row, Task, study
 from ..laboratory.tables import Arch, read
 from ..layer_figure import draw
 from ..layer_statistics import PERCENTILES, LayerStatistics, layer_statistics, nullable
@@ -40,10 +40,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """One task: the places of networks among the statistics', and their accuracies."""
+    """One task: the places of networks among the statistics', their accuracies and their counts."""
 
     networks: NDArray[np.intp]
     values: Floats
+    counts: Mapping[str, Floats]
+    notes: Sequence[str] = field(default=())  # what was matched, and what was not
 
 
 def run(request: Request) -> None:
@@ -51,8 +53,8 @@ def run(request: Request) -> None:
     require()
     with Store(request.store, read_only=True) as store:
         settings = chosen_run(store, request.context)
-        statistics, archs = _read(store, settings)
-    tasks = _tasks(request, settings, archs) if request.accuracies else {}
+        statistics, archs, counts = _read(store, settings)
+    tasks = _tasks(request, settings, archs, counts) if request.accuracies else {}
     described, figure = _study(statistics, tasks)
     files = {"layers.png": figure}
     by_depth = {}
@@ -66,18 +68,21 @@ def run(request: Request) -> None:
     if request.as_json:
         print(json.dumps(data))
         return
-    print(_said(described))
+    print(_said(described, {name: task.notes for name, task in tasks.items()}))
     print(f"{', '.join(files)} written to {request.output}")
 
 
-def _read(store: Store, settings: Run) -> tuple[LayerStatistics, list[Arch]]:
+def _read(store: Store, settings: Run) -> tuple[LayerStatistics, list[Arch], dict[str, Floats]]:
     ids = {run.id for run in store.runs() if run.context == settings.context}
     archs: list[Arch] = []
+    counts: dict[str, list[float]] = {name: [] for name in COUNT_NAMES}
 
     def layers() -> Any:
         for record in store.records():
             if record.run in ids and record.status == "ok":
                 archs.append(record.arch)
+                for name, values in counts.items():
+                    values.append(float(getattr(record.counts, name)))
                 yield record.layers
 
     window = tuple(settings.metadata["options"]["window"])
@@ -86,10 +91,13 @@ def _read(store: Store, settings: Run) -> tuple[LayerStatistics, list[Arch]]:
             f"the scores with settings {settings.context[:8]} are of the window {window}; "
             f"layer statistics need scores of the whole network: score again without --window, or choose --context"
         )
-    return layer_statistics(layers(), numerator=settings.metadata["options"]["numerator"]), archs
+    statistics = layer_statistics(layers(), numerator=settings.metadata["options"]["numerator"])
+    return statistics, archs, {name: np.array(values) for name, values in counts.items()}
 
 
-def _tasks(request: Request, settings: Run, archs: Sequence[Arch]) -> dict[str, Accuracies]:
+def _tasks(
+    request: Request, settings: Run, archs: Sequence[Arch], counts: Mapping[str, Floats]
+) -> dict[str, Accuracies]:
     key = key_in(spaces.get(**settings.metadata["space"]))
     places = {"place": np.arange(len(archs), dtype=np.float64)[None]}
     scores = Scores(request.store.stem, [key(arch) for arch in archs], places, key)
@@ -97,7 +105,9 @@ def _tasks(request: Request, settings: Run, archs: Sequence[Arch]) -> dict[str, 
     found = {}
     for task in joined([scores], tables, request.tasks):
         known = np.isfinite(task.accuracy)
-        found[task.name] = Accuracies(task.proxies["place"][0][known].astype(np.intp), task.accuracy[known])
+        networks = task.proxies["place"][0][known].astype(np.intp)
+        own = {name: values[networks] for name, values in counts.items()}
+        found[task.name] = Accuracies(networks, task.accuracy[known], own, task.notes)
     return found
 
 
@@ -110,29 +120,46 @@ def _depths(statistics: LayerStatistics) -> list[int]:
 def _at_depth(task: Accuracies, statistics: LayerStatistics, number: int) -> Accuracies:
     here = np.flatnonzero(statistics.layers == number)
     kept = np.isin(task.networks, here)
-    return Accuracies(np.searchsorted(here, task.networks[kept]), task.values[kept])
+    own = {name: values[kept] for name, values in task.counts.items()}
+    return Accuracies(np.searchsorted(here, task.networks[kept]), task.values[kept], own)
 
 
 def _study(statistics: LayerStatistics, tasks: dict[str, Accuracies]) -> tuple[dict[str, Any], bytes]:
     rho = {name: statistics.window_rho(task.values, task.networks) for name, task in tasks.items() if len(task.values)}
-    described = {**statistics.to_dict(), "accuracies": {name: _of_task(of, statistics) for name, of in rho.items()}}
-    return described, draw(statistics, rho)
+    of_tasks = {name: _of_task(of, statistics, tasks[name]) for name, of in rho.items()}
+    return {**statistics.to_dict(), "accuracies": of_tasks}, draw(statistics, rho)
 
 
-def _of_task(rho: Floats, statistics: LayerStatistics) -> dict[str, Any]:
-    suggested = [PERCENTILES.index(end) for end in statistics.suggestion().window]
+def _of_task(rho: Floats, statistics: LayerStatistics, task: Accuracies) -> dict[str, Any]:
+    window = statistics.suggestion().window
+    suggested = [PERCENTILES.index(end) for end in window]
     best = np.unravel_index(np.nanargmax(rho), rho.shape) if np.isfinite(rho).any() else None
+    judged = _judged(statistics, task, {"suggested": window, "whole": (PERCENTILES[0], PERCENTILES[-1])})
     return {
+        "networks": len(task.values),
         "rho_by_percentile": nullable(np.diagonal(rho)),
         "rho_by_window": nullable(rho),
         "rho_of_the_whole": nullable(rho[:1, -1])[0],
         "rho_of_the_suggested_window": nullable(rho[suggested[0], suggested[1:]])[0],
         "best_window_in_hindsight": best and [PERCENTILES[end] for end in best],
         "its_rho": best and float(rho[best]),
+        "counts": list(task.counts),
+        "windows": {name: row.flat() for name, row in judged.items()},
     }
 
 
-def _said(described: dict[str, Any]) -> str:
+def _judged(statistics: LayerStatistics, task: Accuracies, windows: Mapping[str, tuple[int, int]]) -> dict[str, Row]:
+    """Rho of the Lambda of windows with intervals, and given the counts; none where the networks are too few."""
+    if len(task.values) < MIN_ARCHITECTURES or np.ptp(task.values) == 0:
+        return {}
+    columns = {name: statistics.trainability(window)[task.networks] for name, window in windows.items()}
+    proxies = {name: values[None] for name, values in {**columns, **task.counts}.items()}
+    archs = [str(place) for place in task.networks]
+    (done,) = study([Task("windows", archs, task.values, proxies, list(task.counts))])
+    return {row.proxy: row for row in done.rows if row.proxy in windows}
+
+
+def _said(described: dict[str, Any], notes: Mapping[str, Sequence[str]]) -> str:
     first, last = described["suggested_window"]
     lines = [f"{described['networks']} networks; suggested window {first} to {last}: {described['reason']}"]
     for task, of in described["accuracies"].items():
@@ -140,14 +167,20 @@ def _said(described: dict[str, Any]) -> str:
         if best is None:
             lines.append(f"{task}: no window has a rho, for Lambda or the accuracy is the same everywhere")
             continue
-        suggested, whole = (_rho(of[name]) for name in ("rho_of_the_suggested_window", "rho_of_the_whole"))
+        kept = of["windows"]
+        suggested, whole = (_rho(kept.get(name), "spearman") for name in ("suggested", "whole"))
+        beyond, whole_beyond = (_rho(kept.get(name), "partial") for name in ("suggested", "whole"))
         windows = len(PERCENTILES) * (len(PERCENTILES) + 1) // 2
-        lines.append(
-            f"{task}: rho of Lambda {suggested} in that window, {whole} over the whole network; the best of {windows} "
-            f"windows, in hindsight, is {best[0]} to {best[1]} with {_rho(of['its_rho'])}"
-        )
+        lines += [
+            f"{task}, {of['networks']} networks: rho of Lambda {suggested} in that window, {whole} over all layers",
+            f"  given the counts ({', '.join(of['counts'])}): {beyond} and {whole_beyond}",
+            *(f"  {note}" for note in notes[task]),
+            f"  the best of {windows} windows, in hindsight, is {best[0]} to {best[1]} with {of['its_rho']:z.2f}",
+        ]
     return "\n".join(lines)
 
 
-def _rho(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+def _rho(row: Mapping[str, Any] | None, statistic: str) -> str:
+    if row is None or row[statistic] is None:
+        return "undefined"
+    return f"{row[statistic]:z.2f} [{row[f'{statistic}_low']:z.2f}, {row[f'{statistic}_high']:z.2f}]"

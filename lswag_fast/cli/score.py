@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,6 +23,7 @@ from .tables import ranking
 
 _DEFAULT_COUNT = 32
 _SHOWN = 5
+_LONGEST = 240
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ class _Summary:
         if record.error and len(self.errors) < _SHOWN:
             self.errors.append(f"{json.dumps(record.arch)}: {record.error}")
         for text in record.warnings:
-            kind = re.sub(r"\d+(\.\d+)?", "#", text)  # warnings of a kind differ in their numbers
+            # Warnings of a kind differ in their numbers, and in the layers that they name after a colon.
+            kind = re.sub(r"\d+(\.\d+)?", "#", text.split(": ")[0])
             if kind in self.warnings or len(self.warnings) < _SHOWN:
-                first, n = self.warnings.get(kind, (text, 0))
+                first, n = self.warnings.get(kind, (textwrap.shorten(text, _LONGEST, placeholder=" ..."), 0))
                 self.warnings[kind] = first, n + 1
 
 

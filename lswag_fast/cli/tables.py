@@ -22,12 +22,14 @@ _WIDTH_IN_A_PIPE = 160
 
 def show_top(store: Path, n: int, context: str, by: str, *, as_json: bool) -> None:
     """Prints the `n` best candidates of the settings whose id begins with `context`, the newest by default."""
+    from ..proxies.registry import lowest_is_best
+
     with Store(store, read_only=True) as opened:
         chosen = chosen_run(opened, context)
         by_context = _by_context(opened)
         options = chosen.metadata.get("options", {})
         kept = {proxy["name"]: proxy for proxy in options.get("proxies", [LSWAG])}
-        best = opened.top(n, chosen.context, by=by, lowest=_lower_is_better(kept.get(by, {"name": by})))
+        best = opened.top(n, chosen.context, by=by, lowest=lowest_is_best(kept.get(by, {"name": by})))
         if not best and by != "lswag":
             raise InputError(
                 f"{store} holds no values of {by!r} with settings {chosen.context[:8]}, but of {', '.join(kept)}"
@@ -135,14 +137,6 @@ def show_checks(*, as_json: bool) -> int:
         else:
             print(f"{'ok' if check.ok else '--':3} {check.name:<12} {check.detail}")
     return 0 if any(check.ok for check in found if check.kind == "backend") else 1
-
-
-def _lower_is_better(proxy: dict[str, Any]) -> bool:
-    """Whether the lowest value of a proxy in a run's options is best; one of the user's own says so there."""
-    from ..proxies import get, names
-
-    name = proxy["name"]
-    return get(name).lower_is_better if name in names() else bool(proxy.get("lower_is_better"))
 
 
 def _by_context(store: Store) -> dict[str, Run]:

@@ -25,7 +25,7 @@ def ablations(
     oriented: bool = True,
     bins: int | None = None,
     binning: Binning = "frequency",
-    bias: str = "params",
+    bias: str | Sequence[float] = "params",
     combine: Combination = "rank_sum",
     resamples: int = 1000,
     gradient_based: Mapping[str, bool] = GRADIENT_BASED,
@@ -51,9 +51,8 @@ def ablations(
     pool = weigh(scores, accuracy, params, oriented=oriented, bins=bins, binning=binning, bias=bias)
     found = {}
     for name, (names, wanted) in _rows(pool, gradient_based, np.random.default_rng(seed)).items():
-        notes = (
-            (f"{len(names)} of {wanted} proxies: no other is in reach or of the kind",) if len(names) < wanted else ()
-        )
+        few = f"{len(names)} of {wanted} proxies: no other is in reach or of the kind"
+        notes = (*pool.notes, few) if len(names) < wanted else pool.notes
         score = pool.combine(names, combine) if names else np.full(len(pool.accuracy), np.nan)
         rho, interval = pool.judge(score, resamples) if names else (np.nan, (np.nan, np.nan))
         found[name] = Combined(tuple(names), score, rho, interval, notes)

@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..correlation import Floats, bootstrap, spearman
+from ..correlation import Floats, spearman
 from ..errors import InputError
+from ..laboratory.resampling import spearman_interval
 from .aggregation import COMBINATIONS
 from .information import Binning, checked_bins, discretise, information_gain
-from .table import MIN_ROWS, numbers, rankings, read_table
+from .table import MIN_ROWS, notes_of_rows, numbers, rankings, read_table
 
 Combination = Literal["rank_sum", "mean_log_rank"]
 
@@ -32,6 +33,7 @@ class Candidate:
     information_gain: float  # H(y | z1) - H(y | z1, z) in bits; NaN for z1 itself
     bias: float  # Pearson's correlation of its ranking with that by the bias column; NaN where that is constant
     in_reach: bool  # whether it could be chosen as z2 or z3
+    interval: tuple[float, float]  # of rho: 95 %, over resampled architectures; NaN where resamples is 0
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,12 @@ class Pool:
     def judge(self, score: Floats, resamples: int) -> tuple[float, tuple[float, float]]:
         """Returns rho of a score with the known accuracies, and its interval (NaN where resamples is 0)."""
         x, y = score[self.known], self.accuracy[self.known]
-        if not resamples:
-            return spearman(x, y), (np.nan, np.nan)
-        return spearman(x, y), bootstrap(lambda rows: spearman(x[rows], y[rows]), len(x), draws=resamples)
+        return spearman(x, y), _interval(x, y, resamples)
+
+    def interval_of(self, name: str, resamples: int) -> tuple[float, float]:
+        """Returns the interval of a proxy's rho, over the architectures where it is not missing."""
+        rows = self.known & ~np.isnan(self.columns[name])
+        return _interval(self.columns[name][rows], self.accuracy[rows], resamples)
 
 
 def libra(
@@ -126,7 +131,7 @@ def libra(
     oriented: bool = True,
     bins: int | None = None,
     binning: Binning = "frequency",
-    bias: str = "params",
+    bias: str | Sequence[float] = "params",
     combine: Combination = "rank_sum",
     resamples: int = 1000,
 ) -> Libra:
@@ -152,10 +157,11 @@ def libra(
         oriented: turn each proxy by the sign of its rho; False is the paper's letter.
         bins: of the entropies; None takes Sturges' number, ceil(log2(known architectures)) + 1.
         binning: bins that hold equally many architectures ("frequency"), or of equal width ("width").
-        bias: the column whose ranking bias is measured by: "params", or a proxy of `scores` (as given, not turned).
+        bias: the column whose ranking bias is measured by: "params", the name of a proxy of `scores` (as given, not
+            turned), or any other column, [N], such as the depths.
         combine: "rank_sum" or "mean_log_rank".
-        resamples: of the architectures, for the 95 % interval of rho; 0 for none. The choice is not repeated in them,
-            and it was made on the same accuracies, so rho and interval flatter a choice made on few.
+        resamples: of the architectures, for the 95 % interval of each rho; 0 for none. The choice is not repeated in
+            them, and it was made on the same accuracies, so rho and interval flatter a choice made on few.
 
     Raises InputError for columns of different lengths, fewer than ten architectures or known accuracies, accuracies
     that are infinite or all equal, parameter counts that are missing, no usable proxy, and unknown options.
@@ -183,7 +189,7 @@ def libra(
         interval=interval,
         notes=tuple(notes),
         reasons=tuple(reasons),
-        candidates=_candidates(pool),
+        candidates=_candidates(pool, resamples),
         accuracy_bias=pool.accuracy_bias,
     )
 
@@ -196,7 +202,7 @@ def weigh(
     oriented: bool = True,
     bins: int | None = None,
     binning: Binning = "frequency",
-    bias: str = "params",
+    bias: str | Sequence[float] = "params",
 ) -> Pool:
     """Checks a benchmark and returns its usable proxies, weighed; arguments and errors are those of :func:`libra`."""
     accuracies, counts = numbers("accuracy", accuracy), numbers("params", params)
@@ -212,8 +218,7 @@ def weigh(
             )
     _check(accuracies, counts, known)
     bins = checked_bins(bins, binning, int(known.sum()))
-    if bias != "params" and bias not in scores:
-        raise InputError(f"bias is 'params' or a proxy of scores ({', '.join(map(str, scores))}), got {bias!r}")
+    bias_name, bias_column = _bias_column(bias, counts, scores)
     table = read_table(scores, known)
     rho = {name: _rho(values, accuracies) for name, values in table.columns.items()}
     signs = {name: -1 if oriented and value < 0 else 1 for name, value in rho.items()}
@@ -222,12 +227,26 @@ def weigh(
         signs=signs,
         rho={name: signs[name] * value for name, value in rho.items()},
         accuracy=accuracies,
-        bias_column=counts if bias == "params" else numbers(bias, scores[bias]),
-        bias_name=bias,
+        bias_column=bias_column,
+        bias_name=bias_name,
         bins=bins,
         binning=binning,
         notes=(*table.notes, *_notes(table.columns, accuracies, counts, rho, oriented)),
     )
+
+
+def _bias_column(
+    bias: str | Sequence[float], params: Floats, scores: Mapping[str, Sequence[float]]
+) -> tuple[str, Floats]:
+    if not isinstance(bias, str):
+        column = numbers("bias", bias)
+        if len(column) != len(params):
+            raise InputError(f"a bias column needs one value an architecture, got {len(column)} for {len(params)}")
+        return "the column given as bias", column
+    if bias != "params" and bias not in scores:
+        names = ", ".join(map(str, scores))
+        raise InputError(f"bias is 'params', a proxy of scores ({names}) or a column of numbers, got {bias!r}")
+    return bias, params if bias == "params" else numbers(bias, scores[bias])
 
 
 def check_combination(combine: str, resamples: int) -> None:
@@ -260,6 +279,12 @@ def _rho(values: Floats, accuracy: Floats) -> float:
     return 0.0 if np.isnan(rho) else _comparable(rho)
 
 
+def _interval(x: Floats, y: Floats, resamples: int) -> tuple[float, float]:
+    if not resamples:
+        return np.nan, np.nan
+    return spearman_interval(x, y, resamples)
+
+
 def _comparable(value: float) -> float:
     """Returns a statistic without its rounding errors, so that equal ones tie."""
     return round(value, 12)
@@ -268,17 +293,7 @@ def _comparable(value: float) -> float:
 def _notes(
     columns: Mapping[str, Floats], accuracy: Floats, params: Floats, rho: Mapping[str, float], oriented: bool
 ) -> list[str]:
-    notes = [
-        f"{name} is missing on {int(np.isnan(values).sum())} of {len(values)} architectures, which have its mean rank"
-        for name, values in columns.items()
-        if np.isnan(values).any()
-    ]
-    rows = np.column_stack([*columns.values(), accuracy, params])
-    equal = len(rows) - len(np.unique(rows, axis=0))
-    if equal:
-        notes.append(
-            f"{equal} rows equal another in every column; if they are the same architectures, give each only once"
-        )
+    notes = notes_of_rows(columns, accuracy, params)
     if not oriented and max(rho.values()) < 0:
         notes.append("every rho is negative, so the score ranks backwards; oriented=True turns the proxies")
     return notes
@@ -322,7 +337,7 @@ def _third_reason(pool: Pool, name: str, rest: Sequence[str]) -> str:
     )
 
 
-def _candidates(pool: Pool) -> tuple[Candidate, ...]:
+def _candidates(pool: Pool, resamples: int) -> tuple[Candidate, ...]:
     found = [
         Candidate(
             name=name,
@@ -331,6 +346,7 @@ def _candidates(pool: Pool) -> tuple[Candidate, ...]:
             information_gain=pool.gains.get(name, np.nan),
             bias=pool.biases[name],
             in_reach=name in pool.near,
+            interval=pool.interval_of(name, resamples),
         )
         for name, rho in pool.rho.items()
     ]

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 from ..correlation import Floats, spearman
 from ..errors import InputError
-from .table import MIN_ROWS, numbers, rankings, read_table
+from ..laboratory.resampling import spearman_interval
+from .table import MIN_ROWS, notes_of_rows, numbers, rankings, read_table
+
+_RESAMPLES = 1000
 
 Features = Literal["ranks", "rank differences", "normal scores"]
 Target = Literal["accuracy", "normal scores"]
@@ -36,8 +39,9 @@ class LibraPlusModel:
     proxies: tuple[str, ...]  # those used, in the order of the features
     members: tuple[Member, ...]
     cv_rho: float  # of the average, from the same left-out predictions as the weights: slightly flattering
+    cv_interval: tuple[float, float]  # of cv_rho: 95 %, over resampled labelled architectures
     labels: int
-    notes: tuple[str, ...]  # proxies left out, and why
+    notes: tuple[str, ...]  # proxies left out or with gaps, and architectures that may be given twice
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ def libra_plus(
     and the average beats a choice of one, of a few, or of weights by regression.
 
     The accuracies of other architectures are never seen. Their proxy scores are: ranks are those among all N
-    architectures of `scores`. The result is deterministic for a seed, and for a version of scikit-learn.
+    architectures of `scores`. The result is deterministic for a seed, and for a version of scikit-learn. An
+    architecture that is given twice and labelled once is no test of what is learnt: give it once (a note tells where
+    rows are equal).
 
     Args:
         scores: proxies by name, each one value an architecture, [N]; NaN where missing (the mean rank is taken).
@@ -102,8 +108,10 @@ def libra_plus(
         Member(r.name, r.features, r.target, rho, float(weight), estimator)
         for r, rho, weight, estimator in zip(recipes, cv_rhos, weights, estimators, strict=True)
     )
-    cv_rho = _rho(_average(left_out, weights), accuracy)
-    model = LibraPlusModel(tuple(table.columns), members, cv_rho, len(rows), table.notes)
+    judged = _average(left_out, weights)
+    interval = spearman_interval(judged, accuracy, _RESAMPLES)
+    notes = (*table.notes, *notes_of_rows(table.columns))
+    model = LibraPlusModel(tuple(table.columns), members, _rho(judged, accuracy), interval, len(rows), notes)
     return LibraPlus(_average(predictions, weights), model)
 
 

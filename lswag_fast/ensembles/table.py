@@ -61,6 +61,22 @@ def _unusable(values: Floats) -> str:
     return ""
 
 
+def notes_of_rows(columns: Mapping[str, Floats], *others: Floats) -> list[str]:
+    """Returns what is to be said of rows that miss a value of a proxy, or equal another row in `others` too."""
+    notes = [
+        f"{name} is missing on {int(np.isnan(values).sum())} of {len(values)} architectures, which have its mean rank"
+        for name, values in columns.items()
+        if np.isnan(values).any()
+    ]
+    rows = np.column_stack([*columns.values(), *others])
+    equal = len(rows) - len(np.unique(rows, axis=0))
+    if equal:
+        notes.append(
+            f"{equal} rows equal another in every column; if they are the same architectures, give each only once"
+        )
+    return notes
+
+
 def numbers(name: str, values: ArrayLike) -> Floats:
     """Returns `values` as float64 [N], None as NaN; raises InputError where they are no list of numbers."""
     try:

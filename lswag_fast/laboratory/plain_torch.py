@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def load(path: Path) -> Any:
     Raises InputError where the file holds anything else, or cannot be read; nothing that it names is imported or run.
     """
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        # torch warns of pickles that it did not write itself; what cannot be read is told below.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(

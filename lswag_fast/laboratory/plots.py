@@ -102,8 +102,8 @@ def scatter(study: TaskStudy) -> bytes:
         colour = GREY if row.is_count else BLUE
         axes.scatter(places, study.task.accuracy[present], s=size, color=colour, alpha=opacity, linewidths=0)
         rho, partial = row.estimates["spearman"].value, row.estimates.get("partial")
-        beyond = f", given counts {partial.value:.2f}" if partial and math.isfinite(partial.value) else ""
-        axes.set_title(f"{row.proxy}: rho {rho:.2f}{beyond}", fontsize=9)
+        beyond = f", given counts {partial.value:z.2f}" if partial and math.isfinite(partial.value) else ""
+        axes.set_title(f"{row.proxy}: rho {rho:z.2f}{beyond}", fontsize=9)
         axes.set_ylim(*_range(study.task.accuracy))
         axes.set_xlim(-3, 103)
         axes.tick_params(labelsize=8)
@@ -131,7 +131,7 @@ def _cell(row: Row) -> str:
         return row.status
     rho = row.estimates["spearman"]
     spread = f"\n± {rho.spread:.2f}" if math.isfinite(rho.spread) else ""
-    return f"{rho.value:.2f}{spread}"
+    return f"{rho.value:z.2f}{spread}"
 
 
 def _on(rho: float) -> str:

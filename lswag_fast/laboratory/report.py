@@ -130,11 +130,7 @@ def _section(study: TaskStudy, scatter: bytes) -> str:
             f"<ul>{notes}</ul>" if notes else "",
             _table(study),
             f'<ul class="warnings">{warnings}</ul>' if warnings else "",
-            _figure(
-                scatter, "Accuracy against the ranking by each of the best proxies; the lowest hundredth is cut off"
-            )
-            if scatter
-            else "",
+            _figure(scatter, _SCATTER),
         ]
     )
 
@@ -158,7 +154,7 @@ def _cells(row: Row) -> str:
     found = row.estimates
     numbers = "".join(_number(found.get(name)) for name in ("spearman", "kendall", "precision", "regret", "partial"))
     rho = row.rho_with_count
-    nearest = f"{row.closest_count} {rho:.2f}" if row.closest_count and math.isfinite(rho) else ""
+    nearest = f"{row.closest_count} {rho:z.2f}" if row.closest_count and math.isfinite(rho) else ""
     value = f"{abs(rho):.6f}" if nearest else ""
     return f'{first}{numbers}<td data-value="{value}">{html.escape(nearest)}</td>{architectures}'
 
@@ -167,8 +163,8 @@ def _number(found: Estimate | None) -> str:
     if found is None or not math.isfinite(found.value):
         return '<td data-value=""></td>'
     spread = f"<br>± {found.spread:.2g}" if math.isfinite(found.spread) else ""
-    interval = f"[{found.low:.2f}, {found.high:.2f}]{spread}"
-    return f'<td data-value="{found.value:.6f}">{found.value:.3f}<small>{interval}</small></td>'
+    interval = f"[{found.low:z.2f}, {found.high:z.2f}]{spread}"
+    return f'<td data-value="{found.value:.6f}">{found.value:z.3f}<small>{interval}</small></td>'
 
 
 def _figure(png: bytes, caption: str) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..correlation import Floats, kendall_tau
 
+_BLOCK = 2_000_000
 _PAIRWISE_ROWS = 2000
 """Up to here, a product with the matrix of all pairs is quicker than sorting each resample anew."""
 
@@ -32,6 +33,16 @@ def centred_ranks(values: Floats, weights: Floats) -> Floats:
 def spearman(x: Floats, y: Floats, weights: Floats) -> Floats:
     """Returns Spearman's rho [B] of centred ranks [B, N]; NaN where a ranking is constant."""
     return _ratio(_product(x, y, weights), _product(x, x, weights) * _product(y, y, weights))
+
+
+def spearman_interval(x: Floats, y: Floats, draws: int) -> tuple[float, float]:
+    """Returns the 95 % percentile interval of Spearman's rho of values [N]; that of `correlation.bootstrap`."""
+    weights = resamples(len(x), draws)[1:]
+    size = max(1, _BLOCK // len(x))
+    blocks = (weights[start : start + size] for start in range(0, draws, size))
+    found = np.concatenate([spearman(centred_ranks(x, block), centred_ranks(y, block), block) for block in blocks])
+    low, high = np.nanpercentile(found, [2.5, 97.5]) if np.isfinite(found).any() else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def partial_spearman(x: Floats, y: Floats, given: Floats, weights: Floats) -> Floats:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..correlation import Floats
+from ..ensembles.aggregation import az_nas, te_nas
 from ..errors import InputError
 from ..options import LSWAG
 from ..records import Record
@@ -20,9 +21,19 @@ from .tables import Arch
 
 _DRAWN = r", seed \d+$"
 """How the note about images ends where the seed has drawn them."""
-_COUNTS = ("parameters", "multiply_adds", "sum_log_numel", "positions")
+COUNT_NAMES = ("parameters", "multiply_adds", "sum_log_numel", "positions")
+"""The counts of a record."""
 _COUNT_OF = {"params": "parameters", "flops": "multiply_adds"}
 """Proxies that are counts of the record under another name."""
+
+_BY_RANKS: dict[str, tuple[tuple[str, ...], Callable[..., Floats]]] = {
+    "te_nas_by_ranks": (("te_nas_regions", "te_nas_ntk"), te_nas),
+    "az_nas_by_ranks": (
+        ("az_nas_expressivity", "az_nas_progressivity", "az_nas_trainability", "az_nas_complexity"),
+        az_nas,
+    ),
+}
+"""Ensembles of L-SWAG's table 1 that a store with all their parts is studied by, too."""
 
 
 def is_store(path: Path) -> bool:
@@ -123,7 +134,32 @@ def _scores(space: Any, runs: Sequence[tuple[Path, Run]], notes: list[str], *, a
         notes.append(f"{len(repeats)} repeats, seeds {', '.join(map(str, repeats))}")
     keys = list(dict.fromkeys(key for found in repeats.values() for key in found))
     name = ", ".join(dict.fromkeys(path.stem for path, _ in runs))
-    return Scores(name, keys, _columns(keys, list(repeats.values())), key_in(space), notes)
+    columns = _columns(keys, list(repeats.values()))
+    columns |= _ensembles(columns)
+    for turned in _lowest_first(runs[0][1], columns):
+        columns[turned] = -columns[turned]
+        notes.append(f"{turned} is best at its lowest by its definition, and is studied with its sign turned")
+    return Scores(name, keys, columns, key_in(space), notes)
+
+
+def _ensembles(columns: Mapping[str, Floats]) -> dict[str, Floats]:
+    """TE-NAS and AZ-NAS as their papers combine their parts: by ranks among all architectures of a repeat."""
+    found = {}
+    for name, (parts, combine) in _BY_RANKS.items():
+        if not all(part in columns for part in parts):
+            continue
+        given = np.stack([columns[part] for part in parts])  # [parts, R, N]
+        combined = np.stack([combine(*given[:, repeat]) for repeat in range(given.shape[1])])
+        found[name] = np.where(np.isnan(given).any(axis=0), np.nan, combined)
+    return found
+
+
+def _lowest_first(run: Run, columns: Mapping[str, Floats]) -> list[str]:
+    """The proxies of which a lower value is better."""
+    from ..proxies.registry import lowest_is_best
+
+    described = run.metadata["options"].get("proxies", [LSWAG])
+    return [proxy["name"] for proxy in described if proxy["name"] in columns and lowest_is_best(proxy)]
 
 
 def _columns(keys: Sequence[str], repeats: Sequence[dict[str, Record]]) -> dict[str, Floats]:
@@ -143,7 +179,7 @@ def _columns(keys: Sequence[str], repeats: Sequence[dict[str, Record]]) -> dict[
 def _values(record: Record) -> dict[str, float | None]:
     found = {"lswag": record.lswag, "lambda": record.trainability, "psi": record.expressivity}
     found |= {name: value for name, value in record.proxies.items() if name not in found}
-    return found | {name: getattr(record.counts, name) for name in _COUNTS}
+    return found | {name: getattr(record.counts, name) for name in COUNT_NAMES}
 
 
 def key_in(space: Any) -> Callable[[Arch], str]:

@@ -179,6 +179,9 @@ def _studied(task: Task, names: Sequence[str], top: int, draws: int | None) -> T
     if len(task.archs) < _ROWS_A_COUNT * (1 + len(task.counts)):
         note = f"{len(task.archs)} architectures are few for partial correlations given {len(task.counts)} counts"
         task = replace(task, notes=(*task.notes, f"{note}: read those with care"))
+    if not task.counts:
+        note = "no column counts parameters or the like, so it is not known what proxies tell beyond counts"
+        task = replace(task, notes=(*task.notes, note))
     rows: list[Row] = []
     by_presence: dict[bytes, list[str]] = {}
     for name in names:
@@ -278,7 +281,8 @@ def _row(
     warnings = [f"has no value for {absent} of {len(task.archs)} architectures, which are left out"] if absent else []
     is_count = name in task.counts
     if found is None:
-        warnings.append(f"is {values[0, 0]:g} for every architecture" + (" of a repeat" if len(values) > 1 else ""))
+        where = "" if (values == values[0, 0]).all() else " of the first repeat, and constant in the others too"
+        warnings.append(f"is {values[0, 0]:g} for every architecture{where}")
         return Row(task.name, name, "constant", count, is_count, warnings=tuple(warnings))
     constant = sum(math.isnan(rho) for rho in found["spearman"].by_repeat)
     if constant:
@@ -297,7 +301,7 @@ def _readings(found: Mapping[str, Estimate], counts: Sequence[str]) -> list[str]
     rho, partial = found["spearman"], found.get("partial")
     said = []
     if rho.high < 0:
-        said.append("ranks the wrong way round: the lower it is, the better the architecture")
+        said.append("ranks the wrong way round: architectures that it ranks low are the better ones")
     if partial is None or rho.low <= 0 <= rho.high:
         return said
     given = " and ".join(filter(None, (", ".join(counts[:-1]), counts[-1])))
@@ -306,6 +310,6 @@ def _readings(found: Mapping[str, Estimate], counts: Sequence[str]) -> list[str]
     elif partial.low <= 0 <= partial.high:
         near = abs(partial.value) < _NEAR_ZERO
         reading = "ranks as its counts do" if near else "may know nothing beyond its counts"
-        interval = f"{partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]"
-        said.append(f"{reading}: rho is {rho.value:.2f}, but {interval} given {given}")
+        interval = f"{partial.value:z.2f} [{partial.low:z.2f}, {partial.high:z.2f}]"
+        said.append(f"{reading}: rho is {rho.value:z.2f}, but {interval} given {given}")
     return said

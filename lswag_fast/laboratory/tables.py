@@ -192,7 +192,9 @@ def _is_score(value: Any) -> bool:
 def _scores(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         return {}
-    return {name: value.get("score") if isinstance(value, Mapping) else value for name, value in row.items()}
+    # "id" numbers the architectures of a file, and ranks nothing.
+    named = {name: value for name, value in row.items() if name != "id" or isinstance(value, Mapping)}
+    return {name: value.get("score") if isinstance(value, Mapping) else value for name, value in named.items()}
 
 
 def _numbers(where: str, column: str, cells: list[tuple[int, Any]], places: list[int] | None = None) -> Floats | None:

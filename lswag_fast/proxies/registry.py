@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from ..errors import InputError
 from .proxy import Proxy
@@ -55,6 +56,15 @@ def get(name: str) -> type[Proxy]:
     module, kind = _HOMES[name].split(".")
     found: type[Proxy] = getattr(import_module(f".{module}", __package__), kind)
     return found
+
+
+def lowest_is_best(described: Mapping[str, Any]) -> bool:
+    """Returns whether the lowest value of a proxy is best, by its description in a run's options.
+
+    A proxy of the user's own says so there; a name that is none is taken to be best at its highest.
+    """
+    name = described["name"]
+    return get(name).lower_is_better if name in _HOMES else bool(described.get("lower_is_better"))
 
 
 def is_registered(kind: type[Proxy]) -> bool:

@@ -60,6 +60,12 @@ def test_a_row_without_enough_proxies_says_so():
     assert table["random z3"].notes == ("2 of 3 proxies: no other is in reach or of the kind",)
 
 
+def test_what_is_left_out_is_told_of_every_row():
+    scores, accuracy, params = benchmark()
+    table = ablations({**scores, "flat": np.zeros(len(accuracy))}, accuracy, params, resamples=0)
+    assert all(row.notes[0] == "flat is left out: it is 0 on every architecture" for row in table.values())
+
+
 def test_every_proxy_of_the_library_is_of_a_kind():
     assert set(GRADIENT_BASED) == set(proxies.names())
     # As NAS-Bench-Suite-Zero has them: with a backward pass of the loss or of outputs, or without.

@@ -12,6 +12,7 @@ from scipy.stats import rankdata, spearmanr
 
 import lswag_fast
 from lswag_fast import InputError, libra
+from lswag_fast.correlation import bootstrap
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -97,7 +98,18 @@ def test_the_interval_is_of_resampled_architectures_and_repeats():
     assert low < result.rho < high
     # Fisher's approximation of the standard error of a correlation.
     assert high - low == pytest.approx(2 * 1.96 * (1 - result.rho**2) / math.sqrt(200), rel=0.35)
-    assert all(math.isnan(end) for end in libra(scores, accuracy, params, resamples=0).interval)
+    without = libra(scores, accuracy, params, resamples=0)
+    assert all(math.isnan(end) for end in (*without.interval, *without.candidates[0].interval))
+
+
+def test_every_candidate_has_an_interval():
+    scores, accuracy, params = benchmark(4, rows=100)
+    scores["p2"][:3] = np.nan
+    for candidate in libra(scores, accuracy, params).candidates:
+        present = ~np.isnan(scores[candidate.name])
+        x, y = scores[candidate.name][present], accuracy[present]
+        expected = bootstrap(lambda rows, x=x, y=y: spearmanr(x[rows], y[rows])[0], len(x))
+        assert candidate.interval == pytest.approx(expected)
 
 
 @given(st.integers(0, 10_000))
@@ -208,6 +220,11 @@ def test_bias_by_another_column_and_by_none():
     scores, accuracy, params = benchmark(12)
     result = libra(scores, accuracy, params, bias="p5")
     assert {c.name: c.bias for c in result.candidates}["p5"] == pytest.approx(1)
+    depths = np.random.default_rng(3).integers(12, 15, len(params))
+    by_depth = libra(scores, accuracy, params, bias=depths.tolist())
+    assert by_depth.accuracy_bias == pytest.approx(spearmanr(accuracy, depths)[0])
+    assert by_depth.names == libra(scores, accuracy, depths).names
+    assert "the ranking by the column given as bias" in by_depth.reasons[2]
     flat = libra(scores, accuracy, np.ones(len(params)))
     assert len(flat.names) == 2
     assert any("no z3: params is the same for all architectures" in note for note in flat.notes)
@@ -235,7 +252,8 @@ def test_options_of_combination():
         ({"scores": [1, 2]}, "scores maps names"),
         ({"scores": {"flat": np.zeros(60)}}, "no proxy can be used"),
         ({"scores": {"text": ["a"] * 60}}, r"scores\['text'\] must be a list of numbers"),
-        ({"bias": "depth"}, "bias is 'params' or a proxy"),
+        ({"bias": "depth"}, "bias is 'params', a proxy of scores"),
+        ({"bias": [1.0, 2.0]}, "a bias column needs one value an architecture, got 2 for 60"),
         ({"combine": "product"}, "combine is one of rank_sum, mean_log_rank"),
         ({"binning": "equal"}, "binning is one of"),
         ({"bins": 0}, "bins is None"),

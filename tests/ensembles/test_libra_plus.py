@@ -86,6 +86,29 @@ def test_proxies_that_say_nothing_are_left_out_and_infinite_values_rank():
     assert np.isfinite(libra_plus(scores, labelled, accuracy[labelled]).score).all()
 
 
+def test_gaps_and_repeated_architectures_are_told():
+    scores, accuracy = benchmark(rows=100)
+    labelled = labels(100, 30)
+    assert libra_plus(scores, labelled, accuracy[labelled]).model.notes == ()
+    scores["p1"][3] = np.nan
+    twice = {name: np.r_[values, values[5:7]] for name, values in scores.items()}
+    notes = libra_plus(twice, labelled, accuracy[labelled]).model.notes
+    assert notes[0] == "p1 is missing on 1 of 102 architectures, which have its mean rank"
+    assert notes[1].startswith("2 rows equal another in every column")
+
+
+def test_the_rho_of_cross_validation_has_an_interval_that_narrows_with_labels():
+    scores, accuracy = benchmark()
+    widths = []
+    for count in (20, 200):
+        labelled = labels(300, count)
+        model = libra_plus(scores, labelled, accuracy[labelled]).model
+        low, high = model.cv_interval
+        assert low < model.cv_rho < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+
+
 def test_one_proxy_is_enough():
     values = np.arange(60.0)
     labelled = labels(60, 20)

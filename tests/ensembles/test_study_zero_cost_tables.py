@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def test_the_committed_study_is_complete(committed: dict[str, Any]):
         by_task = [np.mean(task["by_draw"][method]) for task in committed["tasks"].values()]
         assert cell["rho"] == pytest.approx(np.mean(by_task), abs=1e-3)
         assert cell["interval"][0] <= cell["rho"] <= cell["interval"][1]
+
+
+def test_the_page_says_what_the_data_say(committed: dict[str, Any]):
+    assert (RESULTS / f"{study.NAME}.md").read_text() == study.markdown(committed)
+
+
+def test_no_method_of_labels_sees_other_accuracies(tables: Path):
+    table = study.load(tables / "transnas_micro-jigsaw.csv.gz")
+    labelled = study.draw_labels(len(table.accuracy), 3, max(study.MORE_LABELS))
+    accuracy = np.random.default_rng(0).normal(size=len(table.accuracy))
+    accuracy[labelled] = table.accuracy[labelled]
+    expected, found = (study.by_labels(replace(table, accuracy=values), 3) for values in (table.accuracy, accuracy))
+    for method, score in expected.items():
+        np.testing.assert_array_equal(found[method], score, err_msg=method)
 
 
 def test_libra_ranks_as_well_as_the_best_single_proxy(committed: dict[str, Any]):

@@ -20,10 +20,18 @@ ARCHS = list(SPACE.sample(12, seed=1))
 
 
 def keep(
-    path: Path, seed: int, *, archs: list[Any] = ARCHS, groups: int = 4, images: str = "noise", drawn: bool = True
+    path: Path,
+    seed: int,
+    *,
+    archs: list[Any] = ARCHS,
+    groups: int = 4,
+    images: str = "noise",
+    drawn: bool = True,
+    options: dict[str, Any] | None = None,
+    proxies: dict[str, float] | None = None,
 ) -> str:
     """Records scores of `archs` with a seed, lswag being 100 * seed + place; returns the id of the settings."""
-    options = {"seed": seed, "groups": groups, "device": "cpu", "dtype": "float32"}
+    options = {"seed": seed, "groups": groups, "device": "cpu", "dtype": "float32", **(options or {})}
     metadata = {
         "space": SPACE.options,
         "images": f"bytes {seed}",
@@ -45,6 +53,7 @@ def keep(
             trainability=10.0 * seed + place,
             expressivity=place,
             pattern_saturation=PatternSaturation(0.5, None),
+            proxies=proxies or {},
             counts=Counts(SPACE.params(arch), SPACE.macs(arch), 7.0 + place, 9),
         )
         for place, arch in enumerate(archs)
@@ -96,6 +105,41 @@ def test_lswag_alone_is_a_repeat_whether_its_options_name_it_or_not(tmp_path: Pa
         named = """'"options": {', '"options": {"proxies": [{"name": "lswag"}], '"""
         store._connection.execute(f"UPDATE runs SET metadata = replace(metadata, {named}) WHERE id = 1")
     assert stores.read([tmp_path / "s.db"]).columns["lswag"].shape == (2, 12)
+
+
+def test_a_proxy_that_is_best_at_its_lowest_is_turned(tmp_path: Path):
+    described = [
+        {"name": "lswag"},
+        {"name": "te_nas_ntk"},
+        {"name": "mine", "class": "m.Mine", "lower_is_better": True},
+    ]
+    values = {"te_nas_ntk": 4.0, "mine": 2.0}
+    keep(tmp_path / "s.db", 0, options={"proxies": [*described, {"name": "zico"}]}, proxies={**values, "zico": 3.0})
+    scores = stores.read([tmp_path / "s.db"])
+    assert {name: scores.columns[name][0, 0] for name in ("te_nas_ntk", "mine", "zico")} == {
+        **{name: -value for name, value in values.items()},
+        "zico": 3.0,
+    }
+    assert [note.split(" is ")[0] for note in scores.notes] == ["te_nas_ntk", "mine"]
+
+
+def test_te_nas_and_az_nas_are_combined_by_ranks_where_their_parts_are_there(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    kinds = ("expressivity", "progressivity", "trainability", "complexity")
+    names = ("te_nas_regions", "te_nas_ntk", *(f"az_nas_{kind}" for kind in kinds))
+    values = {name: generator.normal(size=12) for name in names}
+    described = [{"name": "lswag"}, *({"name": name} for name in names)]
+    path = tmp_path / "s.db"
+    for place, arch in enumerate(ARCHS):
+        proxies = {name: column[place] for name, column in values.items()}
+        keep(path, 0, archs=[arch], options={"proxies": described}, proxies=proxies)
+    found = stores.read([path]).columns
+    ranks = {name: np.argsort(np.argsort(column)) + 1 for name, column in values.items()}
+    np.testing.assert_array_equal(found["te_nas_by_ranks"][0], ranks["te_nas_regions"] + 13 - ranks["te_nas_ntk"])
+    logs = np.mean([np.log(ranks[f"az_nas_{kind}"] / 12) for kind in kinds], axis=0)
+    np.testing.assert_allclose(found["az_nas_by_ranks"][0], logs)
+    keep(tmp_path / "t.db", 0, proxies={"te_nas_ntk": 1.0})
+    assert not [name for name in stores.read([tmp_path / "t.db"]).columns if name.endswith("_by_ranks")]
 
 
 def test_several_stores_come_together(tmp_path: Path):

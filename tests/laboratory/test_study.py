@@ -134,6 +134,14 @@ def test_a_repeat_without_a_ranking_is_told():
     assert "constant in 1 of 2 repeats" in row(done, "half").warnings[0]
 
 
+def test_a_proxy_constant_in_every_repeat_says_whether_they_agree():
+    toy = task()
+    repeats = {"same": np.full((2, N), 3.0), "other": np.full((2, N), [[3.0], [4.0]])}
+    (done,) = study([replace(toy, proxies=repeats)], draws=20)
+    assert row(done, "same").warnings == ("is 3 for every architecture",)
+    assert row(done, "other").warnings[0].endswith("of the first repeat, and constant in the others too")
+
+
 def test_architectures_without_accuracy_are_named():
     toy = task()
     accuracy = toy.accuracy.copy()
@@ -162,6 +170,15 @@ def test_architectures_without_accuracy_are_named():
 def test_what_cannot_be_studied_is_refused(broken, arguments, message):
     with pytest.raises(InputError, match=message):
         study([broken(task())], **arguments)
+
+
+def test_a_table_without_counts_is_told():
+    toy = task()
+    (done,) = study([replace(toy, proxies={"good": toy.proxies["good"]}, counts=())], draws=20)
+    assert done.task.notes == (
+        "no column counts parameters or the like, so it is not known what proxies tell beyond counts",
+    )
+    assert "partial" not in row(done, "good").estimates
 
 
 def test_few_architectures_for_the_counts_are_told():

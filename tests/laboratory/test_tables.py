@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def test_suite_zero_json(tmp_path: Path):
     first, second = read(written(tmp_path / "zc_nasbench201.json", json.dumps(SETS)))
     assert (first.name, second.name) == ("nasbench201-cifar10", "nasbench201-cifar100")
     assert first.archs == ("(0, 1)", "(1, 1)")
+    assert set(first.columns) == {"synflow", "val_accuracy"}
     np.testing.assert_array_equal(first.columns["synflow"], [3, np.nan])
     np.testing.assert_array_equal(first.columns["val_accuracy"], [90, 80])
     assert second.columns["synflow"].tolist() == [4]
@@ -109,7 +111,8 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, form: str):
         path.write_bytes(pickle.dumps(rows))
     else:
         torch.save(rows, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(InputError, match=r"gt\.pth holds more than plain values and tensors, and is not read"):
+    refused = pytest.raises(InputError, match=r"gt\.pth holds more than plain values and tensors, and is not read")
+    with warnings.catch_warnings(action="error"), refused:
         read(path)
     assert not trace.exists()
     torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
