@@ -137,8 +137,8 @@ class _Subject:
         )
         assert options.groups is not None
         losses = run_capture(plan, self.sandbox, self.images, self.labels, self.loss, options.groups, statistics, clock)
-        statistics.launch()
-        return Scored(plan, statistics, options, clock, losses, self.network)
+        statistics.launch(losses)
+        return Scored(plan, statistics, options, clock, self.network)
 
     def network(self, shared: SharedWork) -> Network:
         """Returns the network for proxies that run passes of their own."""
@@ -220,7 +220,6 @@ class Scored:
     statistics: PassStatistics
     options: ScoreOptions  # resolved
     clock: Clock
-    losses: Tensor  # [S]
     make_network: Callable[[SharedWork], Network]
 
     def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
@@ -231,7 +230,7 @@ class Scored:
         statistics = self.statistics
         rows = statistics.rows()
         psi, by_activation = statistics.patterns()
-        check_losses(self.losses)
+        check_losses(statistics.losses())
         saturation = statistics.saturation(psi)
         trainability = statistics.trainability(rows)
         proxies = registry.chosen(self.options.proxies)

@@ -7,13 +7,14 @@ from typing import Any
 import networks
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lswag_fast
 from lswag_fast import InputError, scoring
 from lswag_fast.capture import Layer, Plan
 from lswag_fast.clock import Clock
 from lswag_fast.errors import ScoreError
+from lswag_fast.ops.gradient_moments_grouped import PendingMoments
 from lswag_fast.options import ScoreOptions
 from lswag_fast.proxies import statistics
 
@@ -302,7 +303,9 @@ def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("side", ["inputs", "output_grads", None])
 def test_operands_that_change_before_the_launch_are_found(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
-    monkeypatch.setattr(statistics, "launch_gradient_moments", launched.append)
+    monkeypatch.setattr(
+        statistics, "launch_gradient_moments", lambda problems: launched.append(problems) or PendingMoments([], [])
+    )
     plan = Plan([], [], [], [], None, (), 0, 0)
     kept = statistics.PassStatistics(plan, ScoreOptions(device="cpu").resolved(4), 4, Clock("cpu"))
     # A device of another kind than the CPU keeps operands.
@@ -310,12 +313,12 @@ def test_operands_that_change_before_the_launch_are_found(side: str | None, monk
     layer, weight = Layer("fc.weight", 4, 0, [0]), torch.zeros(2, 2, device="meta")
     kept.weight(layer, [operands["inputs"]], [operands["output_grads"]], None, weight)
     if side is None:
-        kept.launch()
+        kept.launch(torch.zeros(4))
         assert len(launched[0]) == 1
         return
     operands[side].mul_(2)
     with pytest.raises(statistics.OperandsChangedError, match=r"of fc\.weight changed in place"):
-        kept.launch()
+        kept.launch(torch.zeros(4))
     assert not launched
 
 
@@ -325,11 +328,11 @@ def test_operands_that_change_before_the_launch_are_read_at_once(monkeypatch: py
     attempts: list[int] = []
     launch = statistics.PassStatistics.launch
 
-    def changed_at_first(self: statistics.PassStatistics) -> None:
+    def changed_at_first(self: statistics.PassStatistics, losses: Tensor) -> None:
         attempts.append(1)
         if not self._at_once:
             raise statistics.OperandsChangedError("changed")
-        launch(self)
+        launch(self, losses)
 
     monkeypatch.setattr(statistics.PassStatistics, "launch", changed_at_first)
     assert lswag_fast.score(model, images(), dtype="float32").lswag == expected.lswag

@@ -49,15 +49,21 @@ class PendingMoments:
         self._done = list(done)
         self._launched = _launch([p.weight for p in problems], every_element=False) if problems else None
 
-    def finish(self) -> list[GradientMoments]:
+    @property
+    def sums(self) -> Tensor | None:
+        """What `finish` waits for, float64 [problems, 8 or (where any is signed) 14] on the device; None: nothing."""
+        return None if self._launched is None else self._launched.results
+
+    def finish(self, sums: Tensor | None = None) -> list[GradientMoments]:
         """Waits for the device and returns the moments in the order of the problems.
 
-        One copy of 64 bytes a problem (112 where any is signed) brings all of them here. A problem whose scale, found
-        on a sample of its operands, was so wrong that sums overflowed or vanished is computed again from a look at all
-        elements: a second wait.
+        One copy of 64 bytes a problem (112 where any is signed) brings all of them here; a caller that has copied
+        `sums` to the host already gives the copy, and nothing waits. A problem whose scale, found on a sample of its
+        operands, was so wrong that sums overflowed or vanished is computed again from a look at all elements, with a
+        wait of its own.
         """
         if self._launched is not None:
-            rows = self._launched.results.tolist()
+            rows = (self._launched.results if sums is None else sums).tolist()
             again = [
                 n
                 for n, (row, seen) in enumerate(zip(rows, self._launched.everything_seen, strict=True))
