@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -23,3 +24,29 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data tables at {folder}")
     return folder
+
+
+_failed: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Ends a worker whose CUDA context is broken for good; in another, the tests that are left are run as they are."""
+    if nodeid in _failed and "PYTEST_XDIST_WORKER" in os.environ and device_is_broken():
+        os._exit(1)
+
+
+def device_is_broken() -> bool:
+    """Tells whether CUDA fails whatever it is asked: after a kernel's bad access it does, until the process ends."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
