@@ -1,8 +1,9 @@
 """Puts weights into the tables of the gradient-moments kernels, and launches them.
 
-A launch makes one table on the host, copies it once, and starts three to a handful of kernels; nothing is read back
-before `finish`. Programs hold their tiles in registers: beyond operands there are the table (about 0.5 KB a weight)
-and 40 bytes a tile, 88 where signed moments are asked for.
+A launch makes one table on the host, sends it by kernel arguments, and starts three to a handful of kernels; nothing is
+read back before `finish`, and nothing reads the host's memory later, so that a CUDA graph can capture it once kernels
+have been loaded by a launch before. Programs hold their tiles in registers: beyond operands there are the table (about
+0.5 KB a weight) and 40 bytes a tile, 88 where signed moments are asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
 from .gradient_moments_layout import TYPES, Form, Layout, Rows, tile_bytes
@@ -105,9 +107,7 @@ def launch(weights: Sequence[Placed], *, every_element: bool = False) -> Launche
     table, pieces = tables.joined()
     tiles = tables.sections[-1].end_tile
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if device.type == "cuda":
-            table = table.pin_memory()
-        on_device = table.to(device, non_blocking=True)
+        on_device = _on_device(table, device)
         problems, uses, ends, operands, slots = (on_device[begin:end] for begin, end in pieces)
         magnitudes = slots.view(torch.int32)
         partials = torch.empty(tiles * 5, dtype=torch.float64, device=device)
@@ -121,7 +121,15 @@ def launch(weights: Sequence[Placed], *, every_element: bool = False) -> Launche
         sums_of_tiles[(len(weights),)](
             problems, magnitudes, partials, signed_partials, results, BLOCK=SUMS_BLOCK, SIGNED=signed, num_warps=4
         )
-    return Launched(results, tables.everything_seen, (weights, table, on_device, partials, signed_partials))
+    return Launched(results, tables.everything_seen, (weights, on_device, partials, signed_partials))
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return table
+    on_device = torch.empty_like(table, device=device)
+    _C.cuda_write_numbers(table, on_device, torch.cuda.current_stream(device).cuda_stream)
+    return on_device
 
 
 def workspace_bytes(weights: Sequence[Placed]) -> int:

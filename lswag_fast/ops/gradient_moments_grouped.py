@@ -115,7 +115,9 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     On a CUDA device all problems share one launch for each way to read operands (dtype, alignment, convolution), on the
     current stream; a problem's result has the same bits whatever shares it. Device memory beyond operands and maps is
     about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so (88 where signed), and copies of operands whose
-    tokens span several dimensions that cannot be merged. On the CPU everything is computed before this returns.
+    tokens span several dimensions that cannot be merged. A CUDA graph can capture it, once a launch of the same layouts
+    has been made outside one; `sums` then holds the results of its last replay. On the CPU everything is computed
+    before this returns.
 
     Raises:
         InputError: what `gradient_moments` refuses, tensors on several devices, samples that span 2^31 elements.
