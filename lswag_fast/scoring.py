@@ -20,7 +20,7 @@ from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .clock import Clock
-from .errors import InputError, ScoreError
+from .errors import InputError, ScoreError, is_out_of_memory
 from .losses import CrossEntropy, class_labels
 from .options import Numerator, Pooling, ScoreOptions
 from .proxies import registry
@@ -184,12 +184,18 @@ def attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
     """
     try:
         return attempt(False)
-    except (torch.OutOfMemoryError, OperandsChangedError):
-        pass  # what the first attempt holds is free once the error is
+    except OperandsChangedError:
+        pass
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # What the first attempt held is free now that its error is.
     torch.cuda.empty_cache()
     try:
         return attempt(True)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
     raise ScoreError(
         f"out of memory, also with one weight at a time: {reason}; score fewer images, or in dtype='bfloat16'"

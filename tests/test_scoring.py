@@ -259,7 +259,15 @@ def test_a_score_that_is_not_finite_names_the_layer() -> None:
     assert any("not finite" in warning and "mlp.2.weight" in warning for warning in result.warnings)
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+OUT_OF_MEMORY: list[Exception] = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+    RuntimeError("CUDA: launching count_partitions failed: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception = OUT_OF_MEMORY[0]) -> list[int]:
     """Lets an op run out of memory so many times; returns its calls."""
     calls: list[int] = []
     op = statistics.gradient_moments
@@ -267,14 +275,15 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
     def moments(*given: Any, **options: Any) -> Any:
         calls.append(len(calls))
         if len(calls) <= times:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+            raise error
         return op(*given, **options)
 
     monkeypatch.setattr(statistics, "gradient_moments", moments)
     return calls
 
 
-def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     model = networks.Attention()
     expected = lswag_fast.score(model, images(), dtype="float32")
     attempts: list[bool] = []
@@ -285,11 +294,18 @@ def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.Monk
         return original(*given, at_once=at_once, **options)
 
     monkeypatch.setattr(scoring, "PassStatistics", recorded)
-    calls = short_of_memory(monkeypatch, times=1)
+    calls = short_of_memory(monkeypatch, times=1, error=error)
     got = lswag_fast.score(model, images(), dtype="float32")
     assert (got.lswag, got.layers) == (expected.lswag, expected.layers)
     assert attempts == [False, True]
     assert len(calls) == 1 + len(got.layers)
+
+
+def test_another_failure_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = short_of_memory(monkeypatch, times=2, error=RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        lswag_fast.score(networks.Attention(), images(), dtype="float32")
+    assert len(calls) == 1
 
 
 def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

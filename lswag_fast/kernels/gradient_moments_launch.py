@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..errors import InputError
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
 from .gradient_moments_layout import TYPES, Form, Layout, Rows, tile_bytes
@@ -36,7 +37,7 @@ from .gradient_moments_shared import (
     largest_magnitudes,
     sums_of_tiles,
 )
-from .gradient_moments_tiles import Tile
+from .gradient_moments_tiles import TILES, Tile
 from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of, without_product
 
 SAMPLED_ELEMENTS = 1 << 16
@@ -141,8 +142,17 @@ def workspace_bytes(weights: Sequence[Placed]) -> int:
 
 
 def architecture_of(device: torch.device) -> int:
-    """Returns the compute capability of a device times ten; 0 for the CPU, where kernels are interpreted."""
-    return _device_facts(device)[0] if device.type == "cuda" else 0
+    """Returns the compute capability of a device times ten; 0 for the CPU, where kernels are interpreted.
+
+    Raises InputError for one below 8.0.
+    """
+    architecture = _device_facts(device)[0] if device.type == "cuda" else 0
+    if 0 < architecture < min(TILES):
+        raise InputError(
+            f"expected tensors on a device of compute capability 8.0 or newer, got {architecture / 10} ({device}); "
+            f"move them with .cpu()"
+        )
+    return architecture
 
 
 @cache

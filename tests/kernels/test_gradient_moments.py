@@ -362,6 +362,17 @@ def test_samples_beyond_32_bit_offsets_are_refused() -> None:
         layout_of(Weight([wide], [wide], 8), 90)
 
 
+def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from lswag_fast.kernels import gradient_moments_launch as launcher
+
+    monkeypatch.setattr(launcher, "_device_facts", lambda device: (75, 40))
+    with pytest.raises(InputError, match=r"compute capability 8\.0 or newer, got 7\.5 \(cuda:1\); move them"):
+        launcher.architecture_of(torch.device("cuda", 1))
+    monkeypatch.setattr(launcher, "_device_facts", lambda device: (86, 40))
+    assert launcher.architecture_of(torch.device("cuda", 1)) == 86
+
+
 def test_problems_on_several_devices_are_refused(device: torch.device) -> None:
     here, there = torch.ones(4, 3, 2, device=device), torch.ones(4, 3, 2, device="meta")
     with pytest.raises(InputError, match="CUDA device, got a tensor on meta"):
