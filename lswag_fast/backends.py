@@ -92,6 +92,13 @@ def _fitting(op: str, device: str, preferred: str, interpreted: bool) -> str | N
     return preferred if preferred in fitting else next(iter(fitting), None)
 
 
+def _why_no_device(version: str, cuda: str | None) -> str:
+    if cuda is None:
+        return f"torch {version} is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "torch finds no CUDA device" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})")
+
+
 def _cpu() -> Backend:
     from . import _C
 
@@ -109,7 +116,7 @@ def _cuda() -> Backend:
     if find_spec("triton") is None:
         return Backend("cuda", False, "Triton is not installed; pip install 'lswag-fast[gpu]'")
     if not torch.cuda.is_available():
-        return Backend("cuda", False, "torch finds no CUDA device")
+        return Backend("cuda", False, _why_no_device(torch.__version__, torch.version.cuda))
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return Backend("cuda", False, f"compute capability {major}.{minor}; 8.0 or newer is needed")

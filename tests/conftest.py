@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+
+try:
+    from hypothesis import settings
+except ImportError:  # a machine that only runs the tests of its device may do without
+    pass
+else:
+    settings.register_profile("default", deadline=None)
+    # The same examples each time: a change is judged by what it changes.
+    settings.register_profile("ci", deadline=None, derandomize=True)
+    # Instrumented kernels run some ten times slower; a memory error needs few examples to show.
+    settings.register_profile("sanitize", deadline=None, max_examples=8, derandomize=True)
+    settings.load_profile(os.environ.get("LSWAG_TEST_PROFILE", "ci" if "CI" in os.environ else "default"))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-settings.register_profile("default", deadline=None)
-# The same examples each time: a change is judged by what it changes.
-settings.register_profile("ci", deadline=None, derandomize=True)
-# Instrumented kernels run some ten times slower; a memory error needs few examples to show.
-settings.register_profile("sanitize", deadline=None, max_examples=8, derandomize=True)
-settings.load_profile(os.environ.get("LSWAG_TEST_PROFILE", "ci" if "CI" in os.environ else "default"))
 
 
 @pytest.fixture(scope="session")
