@@ -256,11 +256,11 @@ def kernels_step(rows: Rows) -> None:
     subjects: dict[str, Iterator[Case]] = {name: cases(MIDDLE[name], samples=64) for name in MIDDLE}
     for name, of_subject in {**subjects, "convolutions": depthwise_cases(samples=64)}.items():
         for case in of_subject:
-            rows.attempt(partial(kernel_row, case, peaks), name, case.name)
+            rows.attempt(partial(row_of, case, peaks), name, case.name)
 
 
-def kernel_row(case: Case, peaks: dict[str, float]) -> dict[str, float]:
-    """Returns the time of a kernel, what it multiplies and moves, and its shares of what the device can."""
+def row_of(case: Case, peaks: dict[str, float]) -> dict[str, float]:
+    """Returns the time of a kernel, and its share of the floor and of the matrix rate."""
     sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
     row = timed(rotating([case.make() for _ in range(sets)]))
     products = case.flops / peaks["bfloat16_flops_per_second"]
