@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 MIB = 2**20
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -101,7 +102,7 @@ def machine(device: str) -> dict[str, Any]:
     """Returns what a measurement depends on: device, instruction set, threads, versions, date."""
     from lswag_fast import _C, __version__
 
-    packages = ("torch", "numpy", "opacus", "backpack-for-pytorch")
+    packages = ("torch", *(["triton"] if device == "cuda" else []), "numpy", "opacus", "backpack-for-pytorch")
     facts = {
         "device": device_name(device),
         "processor": processor(),
@@ -140,10 +141,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+def wait() -> None:
+    """Waits for a CUDA device; raises what went wrong on it, after some errors for good."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def results_path(device: str, what: str) -> Path:
+    """Returns results/<device>-<what>.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return RESULTS / f"{slug}-{what}.json"
+
+
 def write(device: str, what: str, data: Mapping[str, Any]) -> Path:
     """Writes results/<device>-<what>.json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = RESULTS / f"{slug}-{what}.json"
+    path = results_path(device, what)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(device), **rounded(data)}, indent=1) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Times tile shapes of the gradient-moments kernels on this GPU: `python bench/tune_tiles.py`.
+"""Times tile shapes of the gradient-moments kernels: `PYTHONPATH=build/gpu python bench/tune_tiles.py` after bench-gpu.
 
 For each row of the tables in lswag_fast/kernels/gradient_moments_tiles.py that this device takes, climbs from the
 committed tile to the fastest by changing one number at a time, prints what to change, and writes every time to

@@ -1,4 +1,4 @@
-"""The errors that bad input raises, always before any work is done."""
+"""The errors that bad input raises, always before any work is done, and how a lack of memory is known."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,8 @@ class StoreError(RuntimeError):
 
 class ScoreError(RuntimeError):
     """A candidate could not be scored (its loss is not finite, it has no weights); the message says why."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether a device had too little memory: torch says so by an error of its own, CUDA and Triton in words."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))

@@ -49,7 +49,7 @@ def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -
         raise InputError(
             f"expected integer labels [S] with the S of images ({samples}), got {list(labels.shape)} of {labels.dtype}"
         )
-    low, high = int(labels.min()), int(labels.max())
+    low, high = map(int, torch.stack((labels.min(), labels.max())).tolist())
     if low < 0 or high >= classes:
         raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes, got {low} to {high}")
     return labels.long()

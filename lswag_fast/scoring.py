@@ -20,7 +20,7 @@ from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
 from .clock import Clock
-from .errors import InputError, ScoreError
+from .errors import InputError, ScoreError, is_out_of_memory
 from .losses import CrossEntropy, class_labels
 from .options import Numerator, Pooling, ScoreOptions
 from .proxies import registry
@@ -137,8 +137,8 @@ class _Subject:
         )
         assert options.groups is not None
         losses = run_capture(plan, self.sandbox, self.images, self.labels, self.loss, options.groups, statistics, clock)
-        statistics.launch()
-        return Scored(plan, statistics, options, clock, losses, self.network)
+        statistics.launch(losses)
+        return Scored(plan, statistics, options, clock, self.network)
 
     def network(self, shared: SharedWork) -> Network:
         """Returns the network for proxies that run passes of their own."""
@@ -184,12 +184,18 @@ def attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
     """
     try:
         return attempt(False)
-    except (torch.OutOfMemoryError, OperandsChangedError):
-        pass  # what the first attempt holds is free once the error is
+    except OperandsChangedError:
+        pass
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # What the first attempt held is free now that its error is.
     torch.cuda.empty_cache()
     try:
         return attempt(True)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
     raise ScoreError(
         f"out of memory, also with one weight at a time: {reason}; score fewer images, or in dtype='bfloat16'"
@@ -220,7 +226,6 @@ class Scored:
     statistics: PassStatistics
     options: ScoreOptions  # resolved
     clock: Clock
-    losses: Tensor  # [S]
     make_network: Callable[[SharedWork], Network]
 
     def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
@@ -231,7 +236,7 @@ class Scored:
         statistics = self.statistics
         rows = statistics.rows()
         psi, by_activation = statistics.patterns()
-        check_losses(self.losses)
+        check_losses(statistics.losses())
         saturation = statistics.saturation(psi)
         trainability = statistics.trainability(rows)
         proxies = registry.chosen(self.options.proxies)

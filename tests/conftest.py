@@ -4,16 +4,21 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+import torch
+
+try:
+    from hypothesis import settings
+except ImportError:  # a machine that only runs the tests of its device may do without
+    pass
+else:
+    settings.register_profile("default", deadline=None)
+    # The same examples each time: a change is judged by what it changes.
+    settings.register_profile("ci", deadline=None, derandomize=True)
+    # Instrumented kernels run some ten times slower; a memory error needs few examples to show.
+    settings.register_profile("sanitize", deadline=None, max_examples=8, derandomize=True)
+    settings.load_profile(os.environ.get("LSWAG_TEST_PROFILE", "ci" if "CI" in os.environ else "default"))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-settings.register_profile("default", deadline=None)
-# The same examples each time: a change is judged by what it changes.
-settings.register_profile("ci", deadline=None, derandomize=True)
-# Instrumented kernels run some ten times slower; a memory error needs few examples to show.
-settings.register_profile("sanitize", deadline=None, max_examples=8, derandomize=True)
-settings.load_profile(os.environ.get("LSWAG_TEST_PROFILE", "ci" if "CI" in os.environ else "default"))
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,29 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data tables at {folder}")
     return folder
+
+
+_failed: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Ends a worker whose CUDA context is broken for good; in another, the tests that are left are run as they are."""
+    if nodeid in _failed and "PYTEST_XDIST_WORKER" in os.environ and device_is_broken():
+        os._exit(1)
+
+
+def device_is_broken() -> bool:
+    """Tells whether CUDA fails whatever it is asked: after a kernel's bad access it does, until the process ends."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

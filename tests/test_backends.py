@@ -49,6 +49,31 @@ def test_a_device_that_is_too_old_is_named_with_what_is_needed(monkeypatch: pyte
         backends.resolve_device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "visible", "reason"),
+    [
+        (None, None, f"torch {torch.__version__} is built without CUDA"),
+        ("13.0", None, "torch finds no CUDA device"),
+        ("13.0", "", "torch finds no CUDA device (CUDA_VISIBLE_DEVICES is '')"),
+    ],
+)
+def test_why_there_is_no_device_is_said(
+    cuda: str | None, visible: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "cuda_kernels", lambda: True)
+    monkeypatch.setattr(backends, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = next(b for b in backends.backends() if b.name == "cuda")
+    assert (found.available, found.detail) == (False, reason)
+    assert backends.resolve_device("auto") == "cpu"
+    with pytest.raises(InputError, match=r"device 'cuda:0' cannot be used: torch .*; pass device='cpu'"):
+        backends.resolve_device("cuda:0")
+
+
 def test_a_device_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "cuda_kernels", lambda: True)
     monkeypatch.setattr(backends, "find_spec", lambda name: None)

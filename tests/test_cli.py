@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lswag_fast import cli, spaces
+from lswag_fast.backends import backends
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.errors import ScoreError
 from lswag_fast.store import Store
@@ -270,6 +271,10 @@ def test_doctor_names_what_works_and_what_to_do(run: Run, monkeypatch: pytest.Mo
     assert code == 0
     for name in ("torch", "cpu", "cuda", "threads", "store", "photos", "parquet", "lab"):
         assert any(line.split()[1:2] == [name] for line in out.splitlines())
+    cuda = next(b for b in backends() if b.name == "cuda")
+    (line,) = (line for line in out.splitlines() if line.split()[1:2] == ["cuda"])
+    assert line.startswith("ok" if cuda.available else "--")
+    assert line.endswith(cuda.detail)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'lswag-fast[photos]' (PIL, sklearn not installed)" in run("doctor")[1]
 

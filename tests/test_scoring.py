@@ -7,13 +7,14 @@ from typing import Any
 import networks
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lswag_fast
 from lswag_fast import InputError, scoring
 from lswag_fast.capture import Layer, Plan
 from lswag_fast.clock import Clock
 from lswag_fast.errors import ScoreError
+from lswag_fast.ops.gradient_moments_grouped import PendingMoments
 from lswag_fast.options import ScoreOptions
 from lswag_fast.proxies import statistics
 
@@ -258,7 +259,15 @@ def test_a_score_that_is_not_finite_names_the_layer() -> None:
     assert any("not finite" in warning and "mlp.2.weight" in warning for warning in result.warnings)
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+OUT_OF_MEMORY: list[Exception] = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+    RuntimeError("CUDA: launching count_partitions failed: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception = OUT_OF_MEMORY[0]) -> list[int]:
     """Lets an op run out of memory so many times; returns its calls."""
     calls: list[int] = []
     op = statistics.gradient_moments
@@ -266,14 +275,15 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
     def moments(*given: Any, **options: Any) -> Any:
         calls.append(len(calls))
         if len(calls) <= times:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+            raise error
         return op(*given, **options)
 
     monkeypatch.setattr(statistics, "gradient_moments", moments)
     return calls
 
 
-def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     model = networks.Attention()
     expected = lswag_fast.score(model, images(), dtype="float32")
     attempts: list[bool] = []
@@ -284,11 +294,18 @@ def test_out_of_memory_is_met_with_one_weight_at_a_time(monkeypatch: pytest.Monk
         return original(*given, at_once=at_once, **options)
 
     monkeypatch.setattr(scoring, "PassStatistics", recorded)
-    calls = short_of_memory(monkeypatch, times=1)
+    calls = short_of_memory(monkeypatch, times=1, error=error)
     got = lswag_fast.score(model, images(), dtype="float32")
     assert (got.lswag, got.layers) == (expected.lswag, expected.layers)
     assert attempts == [False, True]
     assert len(calls) == 1 + len(got.layers)
+
+
+def test_another_failure_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = short_of_memory(monkeypatch, times=2, error=RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        lswag_fast.score(networks.Attention(), images(), dtype="float32")
+    assert len(calls) == 1
 
 
 def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +319,9 @@ def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("side", ["inputs", "output_grads", None])
 def test_operands_that_change_before_the_launch_are_found(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
-    monkeypatch.setattr(statistics, "launch_gradient_moments", launched.append)
+    monkeypatch.setattr(
+        statistics, "launch_gradient_moments", lambda problems: launched.append(problems) or PendingMoments([], [])
+    )
     plan = Plan([], [], [], [], None, (), 0, 0)
     kept = statistics.PassStatistics(plan, ScoreOptions(device="cpu").resolved(4), 4, Clock("cpu"))
     # A device of another kind than the CPU keeps operands.
@@ -310,12 +329,12 @@ def test_operands_that_change_before_the_launch_are_found(side: str | None, monk
     layer, weight = Layer("fc.weight", 4, 0, [0]), torch.zeros(2, 2, device="meta")
     kept.weight(layer, [operands["inputs"]], [operands["output_grads"]], None, weight)
     if side is None:
-        kept.launch()
+        kept.launch(torch.zeros(4))
         assert len(launched[0]) == 1
         return
     operands[side].mul_(2)
     with pytest.raises(statistics.OperandsChangedError, match=r"of fc\.weight changed in place"):
-        kept.launch()
+        kept.launch(torch.zeros(4))
     assert not launched
 
 
@@ -325,11 +344,11 @@ def test_operands_that_change_before_the_launch_are_read_at_once(monkeypatch: py
     attempts: list[int] = []
     launch = statistics.PassStatistics.launch
 
-    def changed_at_first(self: statistics.PassStatistics) -> None:
+    def changed_at_first(self: statistics.PassStatistics, losses: Tensor) -> None:
         attempts.append(1)
         if not self._at_once:
             raise statistics.OperandsChangedError("changed")
-        launch(self)
+        launch(self, losses)
 
     monkeypatch.setattr(statistics.PassStatistics, "launch", changed_at_first)
     assert lswag_fast.score(model, images(), dtype="float32").lswag == expected.lswag

@@ -83,8 +83,8 @@ class AutoFormerEngine:
         with random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses = self._run(arch, plan, statistics, clock)
-            statistics.launch()
-        scored = Scored(plan, statistics, self._options, clock, losses, partial(self._network, arch))
+            statistics.launch(losses)
+        scored = Scored(plan, statistics, self._options, clock, partial(self._network, arch))
         return PendingScore(scored, caught, start)
 
     def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock) -> Tensor:

@@ -1,8 +1,9 @@
 """Puts weights into the tables of the gradient-moments kernels, and launches them.
 
-A launch makes one table on the host, copies it once, and starts three to a handful of kernels; nothing is read back
-before `finish`. Programs hold their tiles in registers: beyond operands there are the table (about 0.5 KB a weight)
-and 40 bytes a tile, 88 where signed moments are asked for.
+A launch makes one table on the host, sends it by kernel arguments, and starts three to a handful of kernels; nothing is
+read back before `finish`, and nothing reads the host's memory later, so that a CUDA graph can capture it once kernels
+have been loaded by a launch before. Programs hold their tiles in registers: beyond operands there are the table (about
+0.5 KB a weight) and 40 bytes a tile, 88 where signed moments are asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C
+from ..errors import InputError
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
 from .gradient_moments_layout import TYPES, Form, Layout, Rows, tile_bytes
@@ -34,7 +37,7 @@ from .gradient_moments_shared import (
     largest_magnitudes,
     sums_of_tiles,
 )
-from .gradient_moments_tiles import Tile
+from .gradient_moments_tiles import TILES, Tile
 from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of, without_product
 
 SAMPLED_ELEMENTS = 1 << 16
@@ -105,9 +108,7 @@ def launch(weights: Sequence[Placed], *, every_element: bool = False) -> Launche
     table, pieces = tables.joined()
     tiles = tables.sections[-1].end_tile
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if device.type == "cuda":
-            table = table.pin_memory()
-        on_device = table.to(device, non_blocking=True)
+        on_device = _on_device(table, device)
         problems, uses, ends, operands, slots = (on_device[begin:end] for begin, end in pieces)
         magnitudes = slots.view(torch.int32)
         partials = torch.empty(tiles * 5, dtype=torch.float64, device=device)
@@ -121,7 +122,15 @@ def launch(weights: Sequence[Placed], *, every_element: bool = False) -> Launche
         sums_of_tiles[(len(weights),)](
             problems, magnitudes, partials, signed_partials, results, BLOCK=SUMS_BLOCK, SIGNED=signed, num_warps=4
         )
-    return Launched(results, tables.everything_seen, (weights, table, on_device, partials, signed_partials))
+    return Launched(results, tables.everything_seen, (weights, on_device, partials, signed_partials))
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return table
+    on_device = torch.empty_like(table, device=device)
+    _C.cuda_write_numbers(table, on_device, torch.cuda.current_stream(device).cuda_stream)
+    return on_device
 
 
 def workspace_bytes(weights: Sequence[Placed]) -> int:
@@ -133,8 +142,17 @@ def workspace_bytes(weights: Sequence[Placed]) -> int:
 
 
 def architecture_of(device: torch.device) -> int:
-    """Returns the compute capability of a device times ten; 0 for the CPU, where kernels are interpreted."""
-    return _device_facts(device)[0] if device.type == "cuda" else 0
+    """Returns the compute capability of a device times ten; 0 for the CPU, where kernels are interpreted.
+
+    Raises InputError for one below 8.0.
+    """
+    architecture = _device_facts(device)[0] if device.type == "cuda" else 0
+    if 0 < architecture < min(TILES):
+        raise InputError(
+            f"expected tensors on a device of compute capability 8.0 or newer, got {architecture / 10} ({device}); "
+            f"move them with .cpu()"
+        )
+    return architecture
 
 
 @cache

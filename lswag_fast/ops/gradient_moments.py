@@ -173,14 +173,32 @@ class MomentsAccumulator:
             _C.accumulate_moments(gradient, self._groups, self._signed, threads, self._state)
         self._groups += 1
 
-    def finish(self, *, maps: bool = False) -> GradientMoments:
-        """Returns the moments of the gradients so far; raises InputError for fewer than 2 of them."""
+    def sums(self) -> Tensor | None:
+        """Returns what `finish` waits for, float64 [5 or (signed) 11] on the gradients' device; None on the CPU.
+
+        Raises InputError as `finish` does.
+        """
+        state = self._checked_state()
+        return None if state.device.type == "cpu" else self._sums_on_device(state)[0]
+
+    def finish(self, *, maps: bool = False, sums: Sequence[float] | None = None) -> GradientMoments:
+        """Returns the moments of the gradients so far; raises InputError for fewer than 2 of them.
+
+        A caller that has copied what `sums` returns to the host gives it here, and nothing waits for the device.
+        """
+        state = self._checked_state()
+        if state.device.type != "cpu":
+            return self._finish_on_device(state, maps=maps, sums=sums)
+        return self._finish_on_cpu(state, maps=maps)
+
+    def _checked_state(self) -> Tensor:
         if self._groups < 2 or self._state is None:
             raise InputError(f"moments need the gradients of 2 groups or more, got {self._groups}")
-        if self._state.device.type != "cpu":
-            return self._finish_on_device(self._state, maps=maps)
+        return self._state
+
+    def _finish_on_cpu(self, state: Tensor, *, maps: bool) -> GradientMoments:
         flat = _empty_maps(self._numel, self._signed, maps)
-        sums, exponent = _C.finish_moments(self._state, self._numel, self._groups, self._signed, flat)
+        sums, exponent = _C.finish_moments(state, self._numel, self._groups, self._signed, flat)
         shaped = [m.view(self._shape) for m in flat]
         return reduced(sums, exponent, 1, self._numel, self._groups, self._signed, shaped)
 
@@ -200,7 +218,14 @@ class MomentsAccumulator:
         if self._signed:
             state[4] += gradient.sign()
 
-    def _finish_on_device(self, state: Tensor, *, maps: bool) -> GradientMoments:
+    def _finish_on_device(self, state: Tensor, *, maps: bool, sums: Sequence[float] | None = None) -> GradientMoments:
+        if sums is None or maps:
+            found, kept = self._sums_on_device(state)
+            sums = found.tolist() if sums is None else sums
+        given = [m.clone() for m in kept] if maps else []
+        return reduced(tuple(sums), 0, 1, self._numel, self._groups, self._signed, given)
+
+    def _sums_on_device(self, state: Tensor) -> tuple[Tensor, list[Tensor]]:
         mean, sigma, live = self._mean_sigma_live(state[:2])
         inverse = torch.where(live, 1 / sigma, 0.0)
         sums = [live.double().sum(), inverse.sum(), (mean * inverse).sum(), sigma.sum(), mean.sum()]
@@ -211,8 +236,7 @@ class MomentsAccumulator:
             sums += [live.double().sum(), ratio.sum(), mean.abs().sum(), mean.square().sum(), sigma.sum()]
             sums.append(state[4].abs().sum())
             kept += [sigma, mean, state[4]]
-        given = [m.clone() for m in kept] if maps else []
-        return reduced(tuple(torch.stack(sums).tolist()), 0, 1, self._numel, self._groups, self._signed, given)
+        return torch.stack(sums), kept
 
     def _mean_sigma_live(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns mean and sigma, both NaN where a gradient is not finite, and which weights are not dead."""

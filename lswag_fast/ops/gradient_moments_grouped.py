@@ -49,15 +49,21 @@ class PendingMoments:
         self._done = list(done)
         self._launched = _launch([p.weight for p in problems], every_element=False) if problems else None
 
-    def finish(self) -> list[GradientMoments]:
+    @property
+    def sums(self) -> Tensor | None:
+        """What `finish` waits for, float64 [problems, 8 or (where any is signed) 14] on the device; None: nothing."""
+        return None if self._launched is None else self._launched.results
+
+    def finish(self, sums: Tensor | None = None) -> list[GradientMoments]:
         """Waits for the device and returns the moments in the order of the problems.
 
-        One copy of 64 bytes a problem (112 where any is signed) brings all of them here. A problem whose scale, found
-        on a sample of its operands, was so wrong that sums overflowed or vanished is computed again from a look at all
-        elements: a second wait.
+        One copy of 64 bytes a problem (112 where any is signed) brings all of them here; a caller that has copied
+        `sums` to the host already gives the copy, and nothing waits. A problem whose scale, found on a sample of its
+        operands, was so wrong that sums overflowed or vanished is computed again from a look at all elements, with a
+        wait of its own.
         """
         if self._launched is not None:
-            rows = self._launched.results.tolist()
+            rows = (self._launched.results if sums is None else sums).tolist()
             again = [
                 n
                 for n, (row, seen) in enumerate(zip(rows, self._launched.everything_seen, strict=True))
@@ -109,7 +115,9 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     On a CUDA device all problems share one launch for each way to read operands (dtype, alignment, convolution), on the
     current stream; a problem's result has the same bits whatever shares it. Device memory beyond operands and maps is
     about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so (88 where signed), and copies of operands whose
-    tokens span several dimensions that cannot be merged. On the CPU everything is computed before this returns.
+    tokens span several dimensions that cannot be merged. A CUDA graph can capture it, once a launch of the same layouts
+    has been made outside one; `sums` then holds the results of its last replay. On the CPU everything is computed
+    before this returns.
 
     Raises:
         InputError: what `gradient_moments` refuses, tensors on several devices, samples that span 2^31 elements.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..clock import Clock
+from ..errors import is_out_of_memory
 from .evidence import Evidence
 from .proxy import Need, Proxy, UnavailableError
 from .shared_work import label
@@ -49,8 +50,10 @@ def _value(proxy: Proxy, evidence: Evidence) -> float:
     """Returns the value, at the second attempt where memory runs out at the first."""
     try:
         return float(proxy.value(evidence))
-    except torch.OutOfMemoryError:
-        pass  # what the first attempt holds is free once the error is
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # What the first attempt held is free now that its error is.
     torch.cuda.empty_cache()
     return float(proxy.value(evidence))
 

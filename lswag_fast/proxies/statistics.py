@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..capture import Activation, Layer, Plan
 from ..clock import Clock
 from ..errors import ScoreError
+from ..host_copies import HostCopies
 from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
 from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
@@ -39,7 +41,8 @@ class PassStatistics:
     end; proxies that look at the whole network widen that, and `needs` of theirs says what else is reduced.
 
     On the CPU the moments of a weight are reduced when it comes, its operands still in the cache. On a device all of
-    them wait for one grouped launch, unless `at_once`, which needs less memory.
+    them wait for one grouped launch, unless `at_once`, which needs less memory. There the host waits once, for the
+    numbers of all reductions together, when the first of them is asked for after `launch`.
 
     Args:
         plan: of the network; here its layers are restricted to those that are looked at.
@@ -82,7 +85,7 @@ class PassStatistics:
         self._problems: dict[str, MomentProblem] = {}
         self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
-        self._counts: Tensor | None = None
+        self._copies = HostCopies({})
 
     def wants(self, activation: Activation) -> bool:
         """Whether the patterns of this activation are looked at."""
@@ -115,7 +118,7 @@ class PassStatistics:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
         signed = Need.SIGNED in self._needs
         with self._clock(Need.MOMENTS.name):
-            if inputs[0].device.type == "cpu" or self._at_once:
+            if self._at_once or backends.implementation("gradient_moments", inputs[0].device.type) == "cpp":
                 self._moments[layer.name] = gradient_moments(
                     inputs, output_grads, self._groups, convolution=convolution, signed=signed
                 )
@@ -154,8 +157,11 @@ class PassStatistics:
             found = channels.square().sum(dtype=torch.float64)
             self._channels[layer.name] = found + self._channels.get(layer.name, 0)
 
-    def launch(self) -> None:
-        """Starts what takes all layers together, once they are all here, without waiting for a device.
+    def launch(self, losses: Tensor) -> None:
+        """Starts what takes all layers together, once they are all here, and the copy to the host; waits for nothing.
+
+        Args:
+            losses: [S], of the pass; they come to the host with the rest.
 
         Raises:
             OperandsChangedError: what a layer was reduced to would not be that of its operands as they were captured.
@@ -163,29 +169,61 @@ class PassStatistics:
         for name, problem in self._problems.items():
             if _versions((*problem.inputs, *problem.output_grads)) != self._versions[name]:
                 raise OperandsChangedError(f"inputs or output gradients of {name} changed in place after their capture")
+        found = {"losses": losses}
         with self._clock(Need.PATTERNS.name):
             words = [self._words[a.call] for a in self._counted_activations()]
             if words:
-                self._counts = count_patterns_device(words, self._pattern_samples)
+                found["counts"] = count_patterns_device(words, self._pattern_samples)
         with self._clock(Need.MOMENTS.name):
             self._pending = launch_gradient_moments(list(self._problems.values()))
+            if self._pending.sums is not None:
+                found["moments"] = self._pending.sums
+            accumulated = [s for a in self._accumulators.values() if (s := a.sums()) is not None]
+            if accumulated:
+                found["accumulated"] = torch.stack(accumulated)
+        for name, gradient in self._gradients.items():
+            with self._clock(Need.GRADIENT.name):
+                self._gradient_sums[name] = _sums(gradient, self._parameters[name], 1 / self._groups)
+        self._gradients.clear()
+        for what, sums in (("gradients", self._gradient_sums), ("channels", self._channels)):
+            if sums:
+                found[what] = torch.stack(list(sums.values()))
+        self._copies = HostCopies(found)
+
+    def losses(self) -> Tensor:
+        """Returns the losses of the pass [S], on the host; after `launch`."""
+        return self._copies.wait()["losses"]
 
     def rows(self) -> tuple[LayerRow, ...]:
         """Returns a row a layer, in order of first use; after `launch`."""
-        self._moments.update(zip(self._problems, self._pending.finish(), strict=True))
+        found = self._copies.wait()
+        self._moments.update(zip(self._problems, self._pending.finish(found.get("moments")), strict=True))
         self._problems.clear()
-        self._moments.update({name: a.finish() for name, a in self._accumulators.items()})
+        accumulated = found["accumulated"].tolist() if "accumulated" in found else [None] * len(self._accumulators)
+        finished = zip(self._accumulators.items(), accumulated, strict=True)
+        self._moments.update({name: a.finish(sums=sums) for (name, a), sums in finished})
         self._accumulators.clear()
         return tuple(self._row(i + 1, layer) for i, layer in enumerate(self._plan.layers))
 
     def layers(self) -> tuple[LayerEvidence, ...]:
         """Returns what was collected of every layer, in order of first use; after `rows`."""
-        for name, gradient in self._gradients.items():
-            self._gradient_sums[name] = _sums(gradient, self._parameters[name], 1 / self._groups)
-        self._gradients.clear()
+        found = self._copies.wait()
+        gradients, channels = (
+            dict(zip(sums, found[what].tolist(), strict=True)) if sums else {}
+            for what, sums in (("gradients", self._gradient_sums), ("channels", self._channels))
+        )
         # The gradient at an output is that of the sum of losses where all samples run together.
         scale = 1.0 if self._plan.coupled else 1 / self._samples**2
-        return tuple(self._layer(layer, scale) for layer in self._plan.layers)
+        return tuple(
+            LayerEvidence(
+                layer.name,
+                layer.numel,
+                self._moments.get(layer.name),
+                GradientSums(*gradients[layer.name]) if layer.name in gradients else None,
+                0.5 * channels[layer.name] * scale / self._samples if layer.name in channels else None,
+            )
+            for layer in self._plan.layers
+        )
 
     def words(self) -> tuple[Tensor, ...]:
         """Returns the packed patterns of every activation that was looked at."""
@@ -196,7 +234,8 @@ class PassStatistics:
 
         To be asked after `launch`.
         """
-        union, *counts = [0] if self._counts is None else self._counts.tolist()
+        found = self._copies.wait()
+        union, *counts = found["counts"].tolist() if "counts" in found else [0]
         return (union, None) if self._options.pooling == "union" else (sum(counts), tuple(counts))
 
     def positions(self) -> tuple[int, ...]:
@@ -231,16 +270,6 @@ class PassStatistics:
 
     def _counted_activations(self) -> list[Activation]:
         return [a for a in self._plan.activations if a.call in self._words and self._counted(a)]
-
-    def _layer(self, layer: Layer, scale: float) -> LayerEvidence:
-        gradient, channels = self._gradient_sums.get(layer.name), self._channels.get(layer.name)
-        return LayerEvidence(
-            layer.name,
-            layer.numel,
-            self._moments.get(layer.name),
-            None if gradient is None else GradientSums(*gradient.tolist()),
-            None if channels is None else 0.5 * float(channels) * scale / self._samples,
-        )
 
     def _row(self, number: int, layer: Layer) -> LayerRow:
         here = percentile(number, len(self._plan.layers))

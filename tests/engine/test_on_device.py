@@ -90,6 +90,19 @@ def test_nothing_waits_for_the_device_before_the_end(supernet: spaces.AutoFormer
     assert pending.finish().lswag == scored.score(arch).lswag
 
 
+def test_a_candidate_is_read_while_the_work_after_it_goes_on(
+    supernet: spaces.AutoFormerSupernet, images: Tensor
+) -> None:
+    scored = engine(supernet, images, "cuda", dtype="bfloat16")
+    arch = next(SPACE.sample(1, seed=3))
+    expected = scored.score(arch).lswag
+    pending = scored.launch(arch)
+    torch.cuda._sleep(1_000_000_000)
+    found = pending.finish().lswag
+    assert not torch.cuda.current_stream().query()
+    assert found == expected
+
+
 @pytest.mark.parametrize("network", [networks.Attention, networks.Convolutions])
 def test_any_module(network: type[torch.nn.Module]) -> None:
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from lswag_fast.ops.gelu import activation_backward
-from lswag_fast.ops.layer_norm import add_layer_norm
+from lswag_fast.ops.layer_norm import add_layer_norm, layer_norm
 from lswag_fast.ops.relative_attention import _native, _TritonRelativeAttention, relative_attention
 from lswag_fast.ops.relative_attention import relative_attention_torch as in_torch
 
@@ -111,6 +111,18 @@ def test_attention_past_two_to_the_31_elements(seed):
     expected = relative_attention(last[0], tuple(last[1:3]), tuple(last[3:]), heads=heads, grid=(14, 14))
     assert torch.equal(out[-1:], expected)
     assert torch.equal(grad[-1:], torch.autograd.grad(expected, last[0], inputs[5][-1:])[0])
+
+
+def test_rows_past_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("less than 30 GiB of device memory are free")
+    saved = torch.ones(2**22 + 1, 512, device="cuda", dtype=torch.bfloat16)
+    saved[-1, -5:] = -1
+    grad = activation_backward(saved.abs(), saved, "relu")
+    assert grad[-1, -6:].tolist() == [1, 0, 0, 0, 0, 0]
+    assert int((grad != 1).sum()) == 5
+    saved[-1] = torch.randn(512, device="cuda")
+    assert torch.equal(layer_norm(saved)[-1], layer_norm(saved[-1:])[0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")

@@ -75,6 +75,11 @@ def assert_holds(moments: GradientMoments, gradients: list[Tensor], tolerance: f
         (64, 64, 1, 10, 24, BF16),
         (64, 4, 1, 10, 24, FP32),
         (4, 4, 197, 24, 16, FP32),
+        (4, 4, 197, 20, 12, BF16),
+        (2, 2, 17, 37, 43, FP32),
+        (2, 2, 197, 9, 40, FP16),
+        (64, 64, 17, 9, 24, BF16),
+        (64, 4, 17, 24, 9, FP16),
         (12, 4, 19, 8, 8, FP16),
         (4, 4, 3, 1, 1, FP32),
     ],
@@ -215,6 +220,15 @@ def test_convolutions_hold_to_autograd(
     assert_holds(moments, convolution_gradients(a, d, convolution, 4))
 
 
+@pytest.mark.parametrize(("samples", "groups"), [(2, 2), (64, 64), (64, 4)])
+def test_convolutions_of_few_and_many_samples(device: torch.device, samples: int, groups: int) -> None:
+    # Channels of a wider network, as a slice has them.
+    a, d = normal(0, samples, 5, 4, 3)[:, 1:4].to(device), normal(1, samples, 9, 4, 3)[:, :7].to(device)
+    convolution = Convolution((3, 3), padding=(1, 1))
+    moments = gradient_moments(a, d, groups, convolution=convolution, maps=True)
+    assert_holds(moments, convolution_gradients(a, d, convolution, groups))
+
+
 def test_padding_at_the_end_of_a_plane_may_differ(device: torch.device) -> None:
     a, d = normal(0, 4, 3, 5, 5).to(device), normal(1, 4, 4, 5, 5).to(device)
     moments = gradient_moments(a, d, convolution=Convolution((2, 2)), maps=True)
@@ -346,6 +360,17 @@ def test_samples_beyond_32_bit_offsets_are_refused() -> None:
         layout_of(Weight([far], [near], 8), 90)
     with pytest.raises(InputError, match=r"a weight of fewer than 2\^31 elements"):
         layout_of(Weight([wide], [wide], 8), 90)
+
+
+def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from lswag_fast.kernels import gradient_moments_launch as launcher
+
+    monkeypatch.setattr(launcher, "_device_facts", lambda device: (75, 40))
+    with pytest.raises(InputError, match=r"compute capability 8\.0 or newer, got 7\.5 \(cuda:1\); move them"):
+        launcher.architecture_of(torch.device("cuda", 1))
+    monkeypatch.setattr(launcher, "_device_facts", lambda device: (86, 40))
+    assert launcher.architecture_of(torch.device("cuda", 1)) == 86
 
 
 def test_problems_on_several_devices_are_refused(device: torch.device) -> None:

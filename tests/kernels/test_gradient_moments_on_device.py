@@ -183,6 +183,27 @@ def test_a_launch_waits_for_nothing() -> None:
     assert pending.finish() == expected
 
 
+def test_a_captured_graph_follows_its_operands() -> None:
+    problems = [linear(out, width, 16, torch.bfloat16)[2] for out, width in LAYERS]
+    gradient_moments_grouped(problems)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launch_gradient_moments(problems)
+    assert captured.sums is not None
+    for _ in range(3):
+        for problem in problems:
+            problem.inputs.copy_(fresh(*problem.inputs.shape, dtype=torch.bfloat16))
+        # What the host's memory held while the graph was captured must not matter any more.
+        others = [linear(out, width, 16, torch.bfloat16)[2] for out, width in LAYERS]
+        gradient_moments_grouped(others)
+        graph.replay()
+        replayed = captured.sums.clone()
+        directly = launch_gradient_moments(problems)
+        assert directly.sums is not None
+        assert torch.equal(replayed, directly.sums)
+
+
 def test_memory_beside_the_operands_is_small() -> None:
     problems = [linear(out, width, 64, torch.bfloat16)[2] for out, width in LAYERS]
     gradient_moments_grouped(problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_matrix_products_use_tensor_cores_and_copy_ahead(compiled: dict[str, Any
     for name, row in compiled["rows"].items():
         assert bool(row["matrix_instructions"]) == row["matrix"], name
         assert row["asynchronous_copies"] > 0 or not row["pipelined"], name
+
+
+def test_three_tiles_of_operands_are_under_way_at_a_time(compiled: dict[str, Any]) -> None:
+    """The hot kernel on Hopper, by its shared memory: a pipeline that was dropped would leave one tile or none."""
+    found = 0
+    for name, row in compiled["rows"].items():
+        if row["pipelined"] and row["matrix"] and re.match("gradient_moments (?:bf16|fp16|tf32).*sm_90", name):
+            rows, columns, chunk = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", name)[0])
+            assert row["shared_bytes"] == 3 * (4 if "tf32" in name else 2) * chunk * (rows + columns), name
+            found += 1
+    assert found >= 8
 
 
 def test_the_committed_table_is_what_the_kernels_compile_to(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +382,9 @@ def test_an_accumulator_on_a_device_gives_the_same() -> None:
     assert found.maps is not None
     assert expected.maps is not None
     torch.testing.assert_close(found.maps.sigma, expected.maps.sigma, rtol=1e-12, atol=0)
+    sums = on_device._sums_on_device(state)[0]
+    assert on_device._finish_on_device(state, maps=False, sums=sums.tolist()) == replace(found, maps=None)
+    assert on_cpu.sums() is None
 
 
 def test_an_accumulator_agrees_with_the_fused_form() -> None:
