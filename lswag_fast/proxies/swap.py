@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
-from ..ops.activation_patterns import count_distinct
 from .evidence import Evidence
 from .proxy import Need, Proxy, UnavailableError
 
@@ -28,7 +27,7 @@ class Swap(Proxy):
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""
-        return float(count_distinct(evidence.words, evidence.pattern_samples)) if evidence.words else 0.0
+        return float(evidence.distinct_patterns) if evidence.words else 0.0
 
 
 @dataclass(frozen=True)
