@@ -13,6 +13,7 @@ namespace lswag {
 
 void register_activation_patterns(py::module_& m);
 void register_activation_patterns_cuda(py::module_& m);
+void register_channel_saliency(py::module_& m);
 void register_device_numbers_cuda(py::module_& m);
 void register_gradient_moments(py::module_& m);
 void register_relative_attention(py::module_& m);
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
         "Whether this build holds CUDA kernels.");
     register_activation_patterns(m);
     register_activation_patterns_cuda(m);
+    register_channel_saliency(m);
     register_device_numbers_cuda(m);
     register_gradient_moments(m);
     register_relative_attention(m);

@@ -15,6 +15,7 @@ from .errors import InputError
 IMPLEMENTATIONS = {
     "activation_patterns": ("cpp", "cuda"),
     "gradient_moments": ("cpp", "triton"),
+    "channel_saliency": ("cpp", "torch"),
     "relative_attention": ("cpp", "triton", "torch"),
     "layer_norm": ("triton", "torch"),
     "gelu": ("triton", "torch"),

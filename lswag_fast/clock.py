@@ -22,7 +22,9 @@ class Clock:
     def __init__(self, device: str, *, running: bool = True) -> None:
         self._running = running
         self._device = torch.device(device)
-        self._cuda = self._device.type == "cuda"
+        self.device = self._device.type
+        """The type of the device, "cpu" or "cuda"."""
+        self._cuda = self.device == "cuda"
         self._labels = [""]
         self._marks: list[tuple[str, Any]] = []
 

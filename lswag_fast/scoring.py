@@ -278,6 +278,7 @@ class Scored:
             words=self.statistics.words(),
             pattern_samples=self.options.pattern_samples,
             make_network=self.make_network,
+            counted=self.statistics.distinct_patterns(),
             shared=SharedWork(self.clock),
         )
 

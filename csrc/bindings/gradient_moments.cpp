@@ -141,7 +141,7 @@ class Moments {
 
     bool taps_first() const { return taps_first_; }
 
-    py::tuple run(const py::object& workspace, const py::sequence& maps) const;
+    py::tuple run(const py::object& workspace, const py::sequence& maps, const py::object& weight) const;
 
  private:
     static void check(const std::vector<Tensor>& tensors) {
@@ -185,6 +185,19 @@ class Moments {
                 uses_.push_back(
                     {window_operand(a, d, convolution, taps_first_), plane_operand(d, convolution.groups), rows});
         }
+    }
+
+    Tensor checked_weight(const Tensor& weight) const {
+        check({weight});
+        const int64_t taps = plan_.kernel[0] * plan_.kernel[1];
+        const int64_t rows = plan_.depthwise ? taps : plan_.channel_groups * plan_.weight_rows;
+        const int64_t columns = plan_.depthwise ? plan_.channel_groups : plan_.weight_columns;
+        const bool adjacent = weight.strides[1] == 1 || columns == 1;
+        if (!plan_.with_signed || weight.ndim != 2 || weight.shape[0] != rows || weight.shape[1] != columns ||
+            !adjacent)
+            throw py::value_error("expected signed moments and a weight of " + std::to_string(rows) + " rows of " +
+                                  std::to_string(columns) + " adjacent columns");
+        return weight;
     }
 
     Borrowed borrowed_;
@@ -242,17 +255,19 @@ py::tuple finish(const py::object& state, int64_t numel, int64_t groups, bool wi
 
 }  // namespace
 
-py::tuple Moments::run(const py::object& workspace, const py::sequence& maps) const {
+py::tuple Moments::run(const py::object& workspace, const py::sequence& maps, const py::object& weight) const {
     Borrowed borrowed;
     const Tensor memory = borrowed.add_output(workspace);
     if (memory.dtype != DType::uint8 || memory.numel() < workspace_bytes())
         throw py::value_error("expected a uint8 workspace of " + std::to_string(workspace_bytes()) + " bytes");
     const int64_t numel = plan_.channel_groups * plan_.weight_rows * plan_.weight_columns;
     const MomentMapPointers pointers = map_pointers(borrowed, maps, numel);
+    GradientMomentsPlan plan = plan_;
+    if (!weight.is_none()) plan.weight = checked_weight(borrowed.add(weight));
     MomentResults results;
     {
         const py::gil_scoped_release release;
-        select_gradient_moments()(plan_, memory.data, pointers, &results);
+        select_gradient_moments()(plan, memory.data, pointers, &results);
     }
     return sums_and_exponent(results);
 }
@@ -267,7 +282,8 @@ void register_gradient_moments(py::module_& m) {
         .def_property_readonly("depthwise", &Moments::depthwise, "Whether maps are [KH, KW, C].")
         .def_property_readonly("taps_first", &Moments::taps_first,
                                "Whether maps are [O, KH, KW, C], not [O, C, KH, KW].")
-        .def("run", &Moments::run, py::arg("workspace"), py::arg("maps"), "Returns the sums and the scale's exponent.");
+        .def("run", &Moments::run, py::arg("workspace"), py::arg("maps"), py::arg("weight"),
+             "Returns the sums and the scale's exponent.");
     m.def("moments_state_size", [](int64_t numel, bool with_signed) {
         return (numel + kStreamTile - 1) / kStreamTile * kStreamTile *
                (with_signed ? kStreamDoublesSigned : kStreamDoubles);

@@ -123,7 +123,7 @@ struct Block {
     }
     MomentState<Real> state(int64_t tile) const {
         char* const place = memory + blocking.row_panels + blocking.column_panels + blocking.partial_sums;
-        return {place + tile * blocking.state_bytes * kTileWeights, kTileWeights, plan.with_signed};
+        return {place + tile * blocking.state_bytes * kTileWeights, kTileWeights};
     }
 
     // Adds `count` rows of a use, from row `begin` of the group; returns the steps of k packed.
@@ -205,8 +205,16 @@ struct Block {
                 sum_moments<true>(state(tile), kTileWeights, plan.groups, place);
             else
                 sum_moments<false>(state(tile), kTileWeights, plan.groups, place);
+            if (plan.weight.data != nullptr) add_weight(tile, row * kTileRows, column * kTileColumns, place);
             if (maps.sigma != nullptr) write_tile(tile, row * kTileRows, column * kTileColumns, unit, maps);
         }
+    }
+
+    void add_weight(int64_t tile, int64_t row, int64_t column, double* sums) const {
+        const int64_t height = least(kTileRows, plan.weight_rows - row);
+        const int64_t width = least(kTileColumns, plan.weight_columns - column);
+        sum_saliencies(state(tile), kTileColumns, plan.weight, channel_group * plan.weight_rows + row, height, column,
+                       width, sums);
     }
 
     void write_tile(int64_t tile, int64_t row, int64_t column, double unit, const MomentMapPointers& maps) const {

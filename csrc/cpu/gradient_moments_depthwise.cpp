@@ -130,7 +130,7 @@ void channel_block(const GradientMomentsPlan& plan, const Layout& layout, int64_
     memory += layout.plane + layout.gradient_plane;
     Sum* const gradients = reinterpret_cast<Sum*>(memory);
     Real* const totals = reinterpret_cast<Real*>(memory + (layout.totals > 0 ? layout.gradients : 0));
-    const MomentState<Real> state(memory + layout.gradients + layout.totals, weights, plan.with_signed);
+    const MomentState<Real> state(memory + layout.gradients + layout.totals, weights);
     const int64_t size = plan.samples / plan.groups;
     for (int64_t group = 0; group < plan.groups; ++group) {
         __builtin_memset(memory, 0, layout.gradients + layout.totals);
@@ -151,8 +151,9 @@ void channel_block(const GradientMomentsPlan& plan, const Layout& layout, int64_
         sum_moments<true>(state, weights, plan.groups, sums);
     else
         sum_moments<false>(state, weights, plan.groups, sums);
-    if (maps.sigma == nullptr) return;
     const int64_t count = channels - channel < kLanes ? channels - channel : kLanes;
+    if (plan.weight.data != nullptr) sum_saliencies(state, kLanes, plan.weight, 0, layout.taps, channel, count, sums);
+    if (maps.sigma == nullptr) return;
     for (int64_t tap = 0; tap < layout.taps; ++tap)
         write_maps(state, tap * kLanes, count, plan.groups, unit, maps, tap * channels + channel);
 }

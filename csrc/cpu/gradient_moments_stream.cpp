@@ -10,7 +10,7 @@ constexpr int64_t kTile = kStreamTile;
 
 MomentState<double> tile_state(double* state, int64_t tile, bool with_signed) {
     const int64_t doubles = MomentState<double>::bytes_per_weight(with_signed) / 8 * kTile;
-    return MomentState<double>(state + tile * doubles, kTile, with_signed);
+    return MomentState<double>(state + tile * doubles, kTile);
 }
 
 }  // namespace

@@ -51,6 +51,10 @@ class SignedMoments:
     """mean over weights of the standard deviation of g."""
     sign_agreement: float
     """mean over weights of |sum_k sign g_k| / G: 1 where all groups agree, 0 where half of them do."""
+    saliency: float | None = None
+    """sum over weights of mean g * w, where the weight was given."""
+    absolute_saliency: float | None = None
+    """sum over weights of |mean g * w|, likewise (SNIP, Lee et al., ICLR 2019)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def gradient_moments(
     convolution: Convolution | None = None,
     signed: bool = False,
     maps: bool = False,
+    weight: Tensor | None = None,
 ) -> GradientMoments:
     """Returns the moments of a weight's gradients g_k = (1/|k|) * sum over n in group k of d_n^T a_n.
 
@@ -118,11 +123,15 @@ def gradient_moments(
         convolution: how the weight [O, C / groups, KH, KW] was applied, where it is a kernel.
         signed: also the moments of the signed gradients.
         maps: also every weight's own statistics, [O, I] or [O, C / groups, KH, KW].
+        weight: w in that shape, float32, bfloat16 or float16: the signed moments, which it needs, have its saliencies
+            too. Only where `takes_weight`.
 
     Raises:
         InputError: shapes that do not fit one another, G that does not divide S or is below 2, another dtype or device.
     """
     a, d, count, shape = checked(inputs, output_grads, groups, convolution)
+    if weight is not None:
+        weight = _checked_weight(weight, shape, signed, a[0].device.type)
     if backends.implementation("gradient_moments", a[0].device.type) == "triton":
         from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
 
@@ -132,9 +141,18 @@ def gradient_moments(
         native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
     workspace = torch.empty(native.workspace_bytes, dtype=torch.uint8)
     flat = _empty_maps(math.prod(shape), signed, maps)
-    sums, exponent = native.run(workspace, flat)
+    if weight is not None:
+        weight = _in_kernel_order(weight, native)
+    sums, exponent = native.run(workspace, flat, weight)
     shaped = [_in_weight_order(m, shape, native) for m in flat]
-    return reduced(sums, exponent, samples // count, math.prod(shape), count, signed, shaped)
+    return reduced(
+        sums, exponent, samples // count, math.prod(shape), count, signed, shaped, with_weight=weight is not None
+    )
+
+
+def takes_weight(device: str) -> bool:
+    """Returns whether `gradient_moments` reduces gradients against a weight too, for tensors on `device` ("cpu")."""
+    return backends.implementation("gradient_moments", device) == "cpp"
 
 
 class MomentsAccumulator:
@@ -266,6 +284,27 @@ def _in_weight_order(flat: Tensor, shape: tuple[int, ...], native: _C.GradientMo
     return flat.view(shape)
 
 
+def _checked_weight(weight: Tensor, shape: tuple[int, ...], signed: bool, device: str) -> Tensor:
+    weight = accepted_tensor("weight", weight, DTYPES)
+    if tuple(weight.shape) != shape:
+        raise InputError(f"expected weight of shape {list(shape)}, got {list(weight.shape)}")
+    if not signed:
+        raise InputError("weight needs the signed moments; pass signed=True")
+    if not takes_weight(device) or weight.device.type != device:
+        raise InputError(f"weight is taken by C++ on the CPU alone, got operands on {device} and it on {weight.device}")
+    return weight
+
+
+def _in_kernel_order(weight: Tensor, native: _C.GradientMoments) -> Tensor:
+    """Returns the weight as the rows and columns of the kernel's maps, columns adjacent; a view where that can be."""
+    if native.depthwise:
+        weight = weight.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
+    elif native.taps_first:
+        weight = weight.permute(0, 2, 3, 1)
+    rows = weight.flatten(1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def reduced(
     sums: tuple[float, ...],
     exponent: int,
@@ -274,6 +313,8 @@ def reduced(
     groups: int,
     signed: bool,
     maps: list[Tensor],
+    *,
+    with_weight: bool = False,
 ) -> GradientMoments:
     """Returns the moments from sums over the weights of gradients in units of 2^-exponent / group_size.
 
@@ -289,13 +330,13 @@ def reduced(
         log_sum_mean_over_sigma=_log(ratio) if live or math.isnan(ratio) else None,
         mean_sigma=sigma / numel * unit,
         mean_abs_gradient=mean / numel * unit,
-        signed=_reduced_signed(rest, unit, numel, groups) if signed else None,
+        signed=_reduced_signed(rest, unit, numel, groups, with_weight) if signed else None,
         maps=MomentMaps(*maps) if maps else None,
     )
 
 
-def _reduced_signed(sums: list[float], unit: float, numel: int, groups: int) -> SignedMoments:
-    live, ratio, mean, square, sigma, signs = sums
+def _reduced_signed(sums: list[float], unit: float, numel: int, groups: int, with_weight: bool) -> SignedMoments:
+    live, ratio, mean, square, sigma, signs, *saliencies = sums
     return SignedMoments(
         dead=max(0, numel - round(live)),
         mean_signal_to_noise=ratio / live if live else None,
@@ -303,6 +344,8 @@ def _reduced_signed(sums: list[float], unit: float, numel: int, groups: int) -> 
         mean_squared_mean=square / numel * unit * unit,
         mean_sigma=sigma / numel * unit,
         sign_agreement=signs / numel / groups,
+        saliency=saliencies[0] * unit if with_weight else None,
+        absolute_saliency=saliencies[1] * unit if with_weight else None,
     )
 
 

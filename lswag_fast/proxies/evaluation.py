@@ -10,6 +10,7 @@ import torch
 
 from ..clock import Clock
 from ..errors import is_out_of_memory
+from ..ops.gradient_moments import takes_weight
 from .evidence import Evidence
 from .proxy import Need, Proxy, UnavailableError
 from .shared_work import label
@@ -63,7 +64,8 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
 
     That is the part of L-SWAG's pass that it needs (forward alone for patterns), what was collected on the way for its
     kind, the passes that it shares with other proxies, and its own work. Moments of signed gradients come with those of
-    |g|, so that a proxy that needs only the latter is shown with both where both were asked for.
+    |g|, so that a proxy that needs only the latter is shown with both where both were asked for; on the CPU, the
+    gradient of the whole batch comes with them.
     """
     spent: Mapping[str, float] = clock.seconds()
     forward = spent["trace"] + spent["forward"] + spent[Need.PATTERNS.name]
@@ -74,7 +76,9 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
             own += forward
         kinds = {need.name for need in proxy.needs} - {Need.PATTERNS.name}
         if kinds:
-            kinds = {Need.MOMENTS.name if kind == Need.SIGNED.name else kind for kind in kinds}
+            with_moments = {Need.SIGNED.name} | ({Need.GRADIENT.name} if takes_weight(clock.device) else set())
+            if kinds & with_moments:
+                kinds.add(Need.MOMENTS.name)
             own += spent["backward"] + sum(spent[kind] for kind in kinds)
         took[proxy.name] = own
     return took

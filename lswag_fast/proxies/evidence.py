@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..ops.activation_patterns import hamming_kernel
+from ..ops.activation_patterns import count_distinct, hamming_kernel
 from ..ops.gradient_moments import GradientMoments
 from .network import Network
 from .shared_work import SharedWork
@@ -48,6 +48,8 @@ class Evidence:
     words: tuple[Tensor, ...]  # of each activation, packed as in ops/activation_patterns.py
     pattern_samples: int
     make_network: Callable[[SharedWork], Network]
+    counted: int | None = None
+    """The distinct patterns of `words`, where the pass has counted those for Psi."""
     shared: SharedWork = field(default_factory=SharedWork)
 
     @property
@@ -55,6 +57,14 @@ class Evidence:
         """The network and its batch, for passes of a proxy's own."""
         network: Network = self.shared.once("network", lambda: self.make_network(self.shared))
         return network
+
+    @property
+    def distinct_patterns(self) -> int:
+        """The number of distinct patterns of all activations together."""
+        if self.counted is not None:
+            return self.counted
+        count: int = self.shared.once("patterns", lambda: count_distinct(self.words, self.pattern_samples))
+        return count
 
     @property
     def agreements(self) -> Tensor:

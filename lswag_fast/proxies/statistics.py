@@ -14,7 +14,8 @@ from ..clock import Clock
 from ..errors import ScoreError
 from ..host_copies import HostCopies
 from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
-from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
+from ..ops.channel_saliency import channel_saliency
+from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments, takes_weight
 from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
 from ..options import ScoreOptions
 from .evidence import GradientSums, LayerEvidence
@@ -116,21 +117,25 @@ class PassStatistics:
         operand: Tensor,
     ) -> None:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
-        signed = Need.SIGNED in self._needs
+        if convolution is not None:
+            operand = operand.reshape(*operand.shape[:2], *convolution.kernel_size)
+        gradient, by_moments = Need.GRADIENT in self._needs, takes_weight(inputs[0].device.type)
+        weight = operand if gradient and by_moments else None
+        signed = Need.SIGNED in self._needs or weight is not None
         with self._clock(Need.MOMENTS.name):
             if self._at_once or backends.implementation("gradient_moments", inputs[0].device.type) == "cpp":
                 self._moments[layer.name] = gradient_moments(
-                    inputs, output_grads, self._groups, convolution=convolution, signed=signed
+                    inputs, output_grads, self._groups, convolution=convolution, signed=signed, weight=weight
                 )
             else:
                 self._problems[layer.name] = MomentProblem(
                     inputs, output_grads, self._groups, convolution, signed=signed
                 )
                 self._versions[layer.name] = _versions((*inputs, *output_grads))
-        if Need.GRADIENT in self._needs:
+        if gradient and not by_moments:
             with self._clock(Need.GRADIENT.name):
-                gradient = _weight_gradient(inputs, output_grads, convolution, operand)
-                self._gradient_sums[layer.name] = _sums(gradient, operand, 1 / self._samples)
+                total = _weight_gradient(inputs, output_grads, convolution, operand)
+                self._gradient_sums[layer.name] = _sums(total, operand, 1 / self._samples)
 
     def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Adds the gradient of one more group to the statistics of a weight on the slow path."""
@@ -151,10 +156,7 @@ class PassStatistics:
     def output(self, layer: Layer, output: Tensor, output_grad: Tensor, channel_axis: int) -> None:
         """Adds sum over n, c of (sum over positions of y * d)^2 of an output [s, ...] to the sum of its layer."""
         with self._clock(Need.OUTPUTS.name):
-            products = output.float() * output_grad.float()
-            positions = [axis for axis in range(1, products.dim()) if axis != products.dim() + channel_axis]
-            channels = products.sum(positions) if positions else products
-            found = channels.square().sum(dtype=torch.float64)
+            found = channel_saliency(output, output_grad, channel_axis)
             self._channels[layer.name] = found + self._channels.get(layer.name, 0)
 
     def launch(self, losses: Tensor) -> None:
@@ -219,7 +221,7 @@ class PassStatistics:
                 layer.name,
                 layer.numel,
                 self._moments.get(layer.name),
-                GradientSums(*gradients[layer.name]) if layer.name in gradients else None,
+                self._sums_of(layer.name, gradients),
                 0.5 * channels[layer.name] * scale / self._samples if layer.name in channels else None,
             )
             for layer in self._plan.layers
@@ -237,6 +239,12 @@ class PassStatistics:
         found = self._copies.wait()
         union, *counts = found["counts"].tolist() if "counts" in found else [0]
         return (union, None) if self._options.pooling == "union" else (sum(counts), tuple(counts))
+
+    def distinct_patterns(self) -> int | None:
+        """Returns the distinct patterns of `words`, after `launch`; None where Psi counts some of them only."""
+        counted = sum(a.call in self._words for a in self._plan.activations) == len(self._counted_activations())
+        found = self._copies.wait()
+        return int(found["counts"][0]) if counted and "counts" in found else None
 
     def positions(self) -> tuple[int, ...]:
         """Returns the positions, for one sample, of each activation that Psi counts."""
@@ -270,6 +278,17 @@ class PassStatistics:
 
     def _counted_activations(self) -> list[Activation]:
         return [a for a in self._plan.activations if a.call in self._words and self._counted(a)]
+
+    def _sums_of(self, name: str, gradients: Mapping[str, Sequence[float]]) -> GradientSums | None:
+        """Returns what the gradient of the batch's mean loss, which is the mean of the groups', was reduced to."""
+        if name in gradients:
+            return GradientSums(*gradients[name])
+        moments = self._moments.get(name)
+        signed = None if moments is None else moments.signed
+        if moments is None or signed is None or signed.saliency is None or signed.absolute_saliency is None:
+            return None
+        norm = math.sqrt(moments.numel * signed.mean_squared_mean)
+        return GradientSums(norm, signed.saliency, signed.absolute_saliency)
 
     def _row(self, number: int, layer: Layer) -> LayerRow:
         here = percentile(number, len(self._plan.layers))
@@ -311,12 +330,11 @@ def _weight_gradient(
         return sum(products[1:], products[0])
     c = convolution
     settings = (c.stride, c.padding, c.dilation, False, (0, 0), c.groups, (False, True, False))
-    kernel = operand.reshape(*operand.shape[:2], *c.kernel_size)
     products = [
-        torch.ops.aten.convolution_backward(d, a, kernel, None, *settings)[1]
+        torch.ops.aten.convolution_backward(d, a, operand, None, *settings)[1]
         for a, d in zip(inputs, output_grads, strict=True)
     ]
-    return sum(products[1:], products[0]).view_as(operand)
+    return sum(products[1:], products[0])
 
 
 def _sums(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ops.activation_patterns import count_distinct
 from .evidence import Evidence
 from .proxy import Need, Proxy
 
@@ -24,4 +23,4 @@ class Swap(Proxy):
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""
-        return float(count_distinct(evidence.words, evidence.pattern_samples)) if evidence.words else 0.0
+        return float(evidence.distinct_patterns) if evidence.words else 0.0

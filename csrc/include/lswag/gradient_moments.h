@@ -54,6 +54,8 @@ struct GradientMomentsPlan {
     int64_t weight_rows = 0;     // O of one channel group
     int64_t weight_columns = 0;  // I, or channels x taps, of one channel group
     bool with_signed = false;
+    // Where with_signed, and not empty: the weight itself, [rows, columns] in the order of the maps, columns adjacent.
+    Tensor weight;
     int threads = 1;
     // A depthwise convolution (one channel in and out a group) is computed directly: the columns of both operands are
     // the channels, the rows of the inputs the positions of the padded plane.
@@ -77,6 +79,8 @@ enum MomentSum {
     kSquaredMean,
     kSignedSigma,
     kAbsSignSum,
+    kSaliency,  // mean * weight, where the plan has the weight
+    kAbsSaliency,
     kMomentSums
 };
 
@@ -102,7 +106,7 @@ LSWAG_KERNEL(gradient_moments, const GradientMomentsPlan& plan, void* workspace,
 // 0. `state` has kStreamDoubles (kStreamDoublesSigned) doubles a weight, numel rounded up to a multiple of kStreamTile.
 constexpr int64_t kStreamTile = 512;
 constexpr int64_t kStreamDoubles = 2;
-constexpr int64_t kStreamDoublesSigned = 5;
+constexpr int64_t kStreamDoublesSigned = 4;
 LSWAG_KERNEL(accumulate_moments, const Tensor& gradient, int64_t numel, int64_t group, bool with_signed, int threads,
              double* state)
 LSWAG_KERNEL(finish_moments, double* state, int64_t numel, int64_t groups, bool with_signed,
