@@ -14,6 +14,7 @@ namespace lswag {
 void register_activation_patterns(py::module_& m);
 void register_activation_patterns_cuda(py::module_& m);
 void register_gradient_moments(py::module_& m);
+void register_gradient_moments_cuda(py::module_& m);
 void register_relative_attention(py::module_& m);
 
 }  // namespace lswag
@@ -60,5 +61,6 @@ PYBIND11_MODULE(_C, m) {
     register_activation_patterns(m);
     register_activation_patterns_cuda(m);
     register_gradient_moments(m);
+    register_gradient_moments_cuda(m);
     register_relative_attention(m);
 }

@@ -13,7 +13,7 @@ from .errors import InputError
 
 IMPLEMENTATIONS = {
     "activation_patterns": ("cpp", "cuda"),
-    "gradient_moments": ("cpp", "triton"),
+    "gradient_moments": ("cpp", "triton", "cuda"),
     "relative_attention": ("cpp", "triton", "torch"),
     "layer_norm": ("triton", "torch"),
     "gelu": ("triton", "torch"),

@@ -123,7 +123,7 @@ def gradient_moments(
         InputError: shapes that do not fit one another, G that does not divide S or is below 2, another dtype or device.
     """
     a, d, count, shape = checked(inputs, output_grads, groups, convolution)
-    if backends.implementation("gradient_moments", a[0].device.type) == "triton":
+    if backends.implementation("gradient_moments", a[0].device.type) in ("triton", "cuda"):
         from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
 
         return gradient_moments_grouped([MomentProblem(a, d, count, convolution, signed=signed, maps=maps)])[0]

@@ -1,0 +1,345 @@
+// Moments of |g| of linear weights, g_k = sum over n in group k of d_n^T a_n, by wgmma.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "hopper.cuh"
+#include "lswag/gradient_moments_cuda.h"
+
+namespace lswag {
+namespace cuda {
+
+constexpr int kTileSide = 128;
+constexpr int kHalf = 64;       // rows of a tile that a consumer has
+constexpr int kChunkRows = 64;  // rows of a sample in a stage
+constexpr int kProductRows = 16;
+constexpr uint32_t kPanelBytes = kChunkRows * 128;
+constexpr uint32_t kStageBytes = 4 * kPanelBytes;  // two panels of d, two of a
+constexpr int kStages = 7;
+constexpr int kLead = 2;  // chunks by which the first consumer begins earlier
+constexpr int kMomentsThreads = 3 * kWarpgroup;
+constexpr int kWarps = kWarpgroup / 32;
+constexpr int kSums = 5;
+constexpr int kUnitBytes = 16;  // tables count in units of 8 elements
+constexpr int kUnitElements = 8;
+
+// The columns of the tables, as in lswag_fast/kernels/gradient_moments_shared.py.
+constexpr int kProblemFields = 24, kUseFields = 16;
+enum ProblemField { kHeightUnits, kWidthUnits, kGroups, kInGroup, kFirstUse, kUses, kFirstTile, kSlot };
+enum UseField { kInputs, kInputsSample, kInputsRow, kOutputGrads = 7, kOutputGradsSample, kOutputGradsRow, kRows = 14 };
+
+struct MomentsShared {
+    uint64_t full[kStages];
+    uint64_t empty[kStages];
+    double sums[2][kWarps][kSums];
+};
+
+// Which stage comes next, and the parity of its round.
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    LSWAG_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+    LSWAG_DEVICE int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
+
+// A tile of a weight, two rows of partials.
+struct WeightTile {
+    const int64_t* problem;
+    const int64_t* use;
+    int row;  // of partials
+    int o;    // the first weight
+    int i;
+
+    LSWAG_DEVICE WeightTile(const GroupedMoments& task, int tile) : row(task.first_tile + 2 * tile) {
+        int low = 0, high = task.problem_count;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (task.ends[middle] <= row)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        problem = task.problems + low * kProblemFields;
+        use = task.uses + problem[kFirstUse] * kUseFields;
+        const int number = (row - static_cast<int>(problem[kFirstTile])) / 2;
+        const int across = (width() * kUnitElements + kTileSide - 1) / kTileSide;
+        o = number / across * kTileSide;
+        i = number % across * kTileSide;
+    }
+    LSWAG_DEVICE int height() const { return static_cast<int>(problem[kHeightUnits]); }
+    LSWAG_DEVICE int width() const { return static_cast<int>(problem[kWidthUnits]); }
+    LSWAG_DEVICE int groups() const { return static_cast<int>(problem[kGroups]); }
+    LSWAG_DEVICE int in_group() const { return static_cast<int>(problem[kInGroup]); }
+    LSWAG_DEVICE int rows() const { return static_cast<int>(use[kRows]); }
+};
+
+LSWAG_DEVICE int least(int x, int y) { return x < y ? x : y; }
+
+LSWAG_DEVICE int chunks_of(int rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+
+// Products that a chunk takes, of 16 rows each; what lies between the last row and theirs is filled with zeros.
+LSWAG_DEVICE int products_of(int rows) { return (least(rows, kChunkRows) + kProductRows - 1) / kProductRows; }
+
+// The warpgroup that fills the stages: thread t copies the 16 bytes at place t % 8 of rows t / 8, t / 8 + 16, ...
+template <class Machine>
+class Producer {
+ public:
+    LSWAG_DEVICE Producer(const Machine& machine, MomentsShared& shared, uint32_t stages)
+        : machine_(machine),
+          shared_(shared),
+          stages_(stages),
+          row_(machine.thread() / 8),
+          place_(machine.thread() % 8),
+          to_(swizzled(row_, place_)) {}
+
+    LSWAG_DEVICE void run(const GroupedMoments& task) {
+        const int tiles = (task.end_tile - task.first_tile) / 2;
+        for (int tile = machine_.block(); tile < tiles; tile += machine_.blocks()) copy_tile(WeightTile(task, tile));
+        machine_.wait_for_copies();
+    }
+
+ private:
+    // One of the two operands, as this thread sees it: where its 16 bytes of the next chunk's first 16 rows are.
+    struct Operand {
+        const char* from;
+        int64_t step;    // bytes to the next 16 rows
+        int64_t sample;  // bytes from the last chunk of a sample to the first of the next
+        bool live[2];    // whether its place in a panel is inside the matrix
+    };
+
+    LSWAG_DEVICE Operand operand_of(const int64_t* fields, int first, int units, int chunks) const {
+        const int64_t row = fields[2] * kUnitBytes;
+        Operand operand;
+        operand.from =
+            reinterpret_cast<const char*>(fields[0] * kUnitBytes + row_ * row + first * 2 + place_ * kUnitBytes);
+        operand.step = kProductRows * row;
+        operand.sample = fields[1] * kUnitBytes - int64_t{chunks - 1} * kChunkRows * row;
+        for (int panel = 0; panel < 2; ++panel)
+            operand.live[panel] = first / kUnitElements + panel * 8 + place_ < units;
+        return operand;
+    }
+
+    LSWAG_DEVICE void copy_tile(const WeightTile& tile) {
+        const int rows = tile.rows(), chunks = chunks_of(rows);
+        Operand d = operand_of(tile.use + kOutputGrads, tile.o, tile.height(), chunks);
+        Operand a = operand_of(tile.use + kInputs, tile.i, tile.width(), chunks);
+        for (int sample = tile.groups() * tile.in_group(); sample > 0; --sample)
+            for (int left = rows; left > 0; left -= kChunkRows) {
+                machine_.wait(&shared_.empty[next_.stage], next_.parity ^ 1);
+                const uint32_t stage = stages_ + next_.stage * kStageBytes + to_;
+                copy_chunk(d, left, stage);
+                copy_chunk(a, left, stage + 2 * kPanelBytes);
+                machine_.arrive_when_copied(&shared_.full[next_.stage]);
+                next_.advance();
+            }
+    }
+
+    LSWAG_DEVICE void copy_chunk(Operand& operand, int left, uint32_t to) const {
+        const char* from = operand.from;
+        LSWAG_UNROLL
+        for (int begin = 0; begin < kChunkRows; begin += kProductRows) {
+            if (begin >= left) break;
+            LSWAG_UNROLL
+            for (int panel = 0; panel < 2; ++panel)
+                machine_.copy(to + panel * kPanelBytes + begin * 128, from + panel * 128,
+                              operand.live[panel] && begin + row_ < left);
+            from += operand.step;
+        }
+        operand.from += left <= kChunkRows ? operand.sample : kChunkRows / kProductRows * operand.step;
+    }
+
+    const Machine& machine_;
+    MomentsShared& shared_;
+    const uint32_t stages_;
+    const int row_;
+    const int place_;
+    const uint32_t to_;
+    Ring next_;
+};
+
+// A warpgroup that multiplies: half 0 has rows 0 to 63 of a tile of weights, half 1 the others.
+template <class Machine, class Product>
+class Consumer {
+ public:
+    LSWAG_DEVICE Consumer(const Machine& machine, MomentsShared& shared, uint32_t stages, int half)
+        : machine_(machine),
+          shared_(shared),
+          stages_(stages),
+          half_(half),
+          thread_(machine.thread() % kWarpgroup),
+          leads_(half == 0) {}
+
+    LSWAG_DEVICE void run(const GroupedMoments& task) {
+        const int tiles = (task.end_tile - task.first_tile) / 2;
+        if (machine_.block() < tiles && half_ == 1) machine_.sync_some(kLeadBarrier, 2 * kWarpgroup);
+        for (int number = machine_.block(); number < tiles; number += machine_.blocks()) {
+            const WeightTile tile(task, number);
+            double* const sums = task.partials + int64_t{tile.row + half_} * kSums;
+            if (tile.o + half_ * kHalf < tile.height() * kUnitElements)
+                multiply_tile(task, tile, sums);
+            else
+                skip_tile(tile, sums);
+        }
+    }
+
+ private:
+    static constexpr int kLeadBarrier = 3;
+
+    LSWAG_DEVICE void multiply_tile(const GroupedMoments& task, const WeightTile& tile, double* sums) {
+        float g[64], mean[64], squares[64];
+        LSWAG_UNROLL
+        for (int w = 0; w < 64; ++w) g[w] = mean[w] = squares[w] = 0.0f;
+        const float scale = scale_of(task.magnitudes + 2 * tile.problem[kSlot]);
+        const int rows = tile.rows(), groups = tile.groups(), chunks = tile.in_group() * chunks_of(rows);
+        for (int group = 0; group < groups; ++group) {
+            int left = rows;
+            for (int chunk = 0; chunk < chunks; ++chunk) {
+                multiply_chunk(g, products_of(left), chunk > 0);
+                if (chunk > 0) {
+                    machine_.wait_for_all_but_last();
+                    release(next_.before());
+                }
+                if (leads_ && chunk == least(kLead, chunks) - 1) {
+                    machine_.arrive_at_some(kLeadBarrier, 2 * kWarpgroup);
+                    leads_ = false;
+                }
+                next_.advance();
+                left = left > kChunkRows ? left - kChunkRows : rows;
+            }
+            machine_.finish_products(g);
+            release(next_.before());
+            add_group(mean, squares, g, scale, static_cast<float>(group));
+        }
+        finish_tile(mean, squares, static_cast<float>(groups), sums);
+    }
+
+    LSWAG_DEVICE void multiply_chunk(float (&g)[64], int products, bool accumulate) {
+        machine_.wait(&shared_.full[next_.stage], next_.parity);
+        machine_.show_copies_to_products();
+        const uint32_t stage = stages_ + next_.stage * kStageBytes;
+        const uint64_t d = matrix_descriptor(stage + half_ * kPanelBytes, kPanelBytes);
+        const uint64_t a = matrix_descriptor(stage + 2 * kPanelBytes, kPanelBytes);
+        switch (products) {
+            case 4:
+                return multiply_rows<4>(g, d, a, accumulate);
+            case 3:
+                return multiply_rows<3>(g, d, a, accumulate);
+            case 2:
+                return multiply_rows<2>(g, d, a, accumulate);
+            default:
+                return multiply_rows<1>(g, d, a, accumulate);
+        }
+    }
+
+    template <int kProducts>
+    LSWAG_DEVICE void multiply_rows(float (&g)[64], uint64_t d, uint64_t a, bool accumulate) {
+        machine_.begin_products();
+        LSWAG_UNROLL
+        for (int product = 0; product < kProducts; ++product)
+            machine_.template multiply<Product>(g, d + product * descriptor_step(kProductRows),
+                                                a + product * descriptor_step(kProductRows), accumulate || product > 0);
+        machine_.commit_products();
+    }
+
+    // The half of a tile that lies beyond the last row of its weight.
+    LSWAG_DEVICE void skip_tile(const WeightTile& tile, double* sums) {
+        for (int chunk = tile.groups() * tile.in_group() * chunks_of(tile.rows()); chunk > 0; --chunk) {
+            machine_.wait(&shared_.full[next_.stage], next_.parity);
+            release(next_.stage);
+            next_.advance();
+        }
+        if (thread_ < kSums) sums[thread_] = 0.0;
+    }
+
+    // A warp has read a stage for the last time.
+    LSWAG_DEVICE void release(int stage) {
+        if (thread_ % 32 == 0) machine_.arrive(&shared_.empty[stage]);
+    }
+
+    LSWAG_DEVICE static float scale_of(const int32_t* magnitudes) {
+        const int exponent = 24 - ((magnitudes[0] >> 23) - 127) - ((magnitudes[1] >> 23) - 127);
+        const int biased = (exponent < -126 ? -126 : least(exponent, 127)) + 127;
+        const uint32_t bits = static_cast<uint32_t>(biased) << 23;
+        float scale;
+        memcpy(&scale, &bits, sizeof scale);
+        return scale;
+    }
+
+    // Welford's update: equal values of |g| leave squares of exactly 0.
+    LSWAG_DEVICE static void add_group(float (&mean)[64], float (&squares)[64], const float (&g)[64], float scale,
+                                       float group) {
+        const float share = 1.0f / (group + 1.0f), rest = group * share;
+        LSWAG_UNROLL
+        for (int w = 0; w < 64; ++w) {
+            const float difference = fabsf(g[w]) * scale - mean[w];
+            mean[w] += difference * share;
+            squares[w] += difference * (difference * rest);
+        }
+    }
+
+    LSWAG_DEVICE void finish_tile(const float (&mean)[64], const float (&squares)[64], float groups, double* to) {
+        constexpr float kDeadSquared = 1.0f / (1ull << 44);
+        const float share = 1.0f / groups;
+        float sums[kSums] = {};
+        LSWAG_UNROLL
+        for (int w = 0; w < 64; ++w) {
+            const float variance = squares[w] * share;
+            // Weights beyond the edges of a matrix never have a gradient, so they are dead and add to nothing.
+            const bool dead = variance <= mean[w] * mean[w] * kDeadSquared;
+            const float root = machine_.inverse_root(variance == 0.0f ? 1.0f : variance);
+            const float inverse = dead ? 0.0f : root;
+            sums[0] += dead ? 0.0f : 1.0f;
+            sums[1] += inverse;
+            sums[2] += mean[w] * inverse;
+            sums[3] += variance * root;
+            sums[4] += mean[w];
+        }
+        double (&of_warps)[kWarps][kSums] = shared_.sums[half_];
+        for (int s = 0; s < kSums; ++s) {
+            double sum = sums[s];
+            for (int lanes = 16; lanes > 0; lanes /= 2) sum += machine_.from_above(sum, lanes);
+            if (thread_ % 32 == 0) of_warps[thread_ / 32][s] = sum;
+        }
+        machine_.sync_some(1 + half_, kWarpgroup);
+        if (thread_ < kSums)
+            to[thread_] = of_warps[0][thread_] + of_warps[1][thread_] + of_warps[2][thread_] + of_warps[3][thread_];
+        machine_.sync_some(1 + half_, kWarpgroup);
+    }
+
+    const Machine& machine_;
+    MomentsShared& shared_;
+    const uint32_t stages_;
+    const int half_;
+    const int thread_;
+    bool leads_;
+    Ring next_;
+};
+
+template <class Machine, class Product>
+LSWAG_DEVICE void moments_of_tiles(const Machine& machine, const GroupedMoments& task, MomentsShared& shared,
+                                   uint32_t stages) {
+    if (machine.thread() == 0)
+        for (int stage = 0; stage < kStages; ++stage) {
+            machine.make_barrier(&shared.full[stage], kWarpgroup);
+            machine.make_barrier(&shared.empty[stage], 2 * kWarps);
+        }
+    machine.sync();
+    // Of 168 registers a thread at the start; a weight takes three of its own.
+    if (machine.thread() < kWarpgroup) {
+        machine.template give_registers<56>();
+        Producer<Machine>(machine, shared, stages).run(task);
+    } else {
+        machine.template take_registers<224>();
+        Consumer<Machine, Product>(machine, shared, stages, machine.thread() / kWarpgroup - 1).run(task);
+    }
+}
+
+}  // namespace cuda
+}  // namespace lswag
