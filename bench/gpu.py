@@ -36,8 +36,10 @@ from original_autoformer import original_candidate
 from torch import Tensor
 
 from lswag_fast import images, spaces
+from lswag_fast.backends import preferring
 from lswag_fast.correlation import kendall_tau
 from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.kernels.gradient_moments_launch import has_wgmma
 from lswag_fast.options import ScoreOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +84,7 @@ def command_of(step: str, folder: Path) -> list[str] | None:
         # Most of it is compiling, which several processes share.
         return [*pytest, *(["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []), "--durations=15"]
     checker = shutil.which("compute-sanitizer")
-    some = "hamming or groups_of_samples or made_to_collide"
+    some = "hamming or groups_of_samples or made_to_collide or small_wgmma_tiles"
     return None if checker is None else [checker, "--error-exitcode", "9", *pytest, "-k", some]
 
 
@@ -175,6 +177,9 @@ def score_step(rows: Rows) -> None:
         score = timed(subject.score, waits=True)
         rows.add(score, name, "score")
         rows.add(60 / score["seconds"], name, "candidates a minute, one at a time")
+        if has_wgmma(torch.device("cuda")):
+            by_wgmma = preferring("cuda")(subject.score)
+            rows.add(timed(by_wgmma, waits=True), name, "score, gradient moments in CUDA C++")
         rows.add(60 / subject.seconds_in_flight(), name, "candidates a minute, two in flight")
         rows.add(subject.products_floor(rates_here), name, "floor_seconds_of_products_alone")
         for how, call in subject.plain_passes().items():

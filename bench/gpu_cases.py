@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lswag_fast.backends import preferring
+from lswag_fast.kernels.gradient_moments_launch import has_wgmma
 from lswag_fast.ops.activation_patterns import activate_and_pack, count_patterns_device, hamming_kernel, pack_signs
 from lswag_fast.ops.gelu import activation_backward
 from lswag_fast.ops.gradient_moments import Convolution
@@ -92,14 +94,17 @@ def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[
     yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
     shapes = linear_shapes(arch)
 
-    def moments(*, signed: bool) -> Callable[[], Any]:
+    def moments(*, signed: bool, preferred: str = "triton") -> Callable[[], Any]:
         problems = [MomentProblem(drawn(tokens, i), drawn(tokens, o), samples, signed=signed) for o, i in shapes]
-        return partial(launch_gradient_moments, problems)
+        return preferring(preferred)(partial(launch_gradient_moments, problems))
 
-    for signed in (False, True):
+    named = {"": {"signed": False}, ", signed": {"signed": True}}
+    if has_wgmma(torch.device("cuda")):
+        named[" (CUDA C++ where it takes them)"] = {"signed": False, "preferred": "cuda"}
+    for detail, options in named.items():
         yield Case(
-            "gradient moments, all Linear layers but the head" + ", signed" * signed,
-            partial(moments, signed=signed),
+            "gradient moments, all Linear layers but the head" + detail,
+            partial(moments, **options),
             sum(2 * rows * o * i for o, i in shapes),
             sum(2 * rows * (o + i) for o, i in shapes),
         )

@@ -16,7 +16,8 @@ constexpr int kWarpgroup = 128;
 // A matrix in shared memory whose rows (the k of a product) are 128 bytes of neighbouring elements, in the 128-byte
 // swizzle: bits 4 to 6 of an address are those of the place in the row, exclusive or the number of the row modulo 8.
 // Eight rows are one pattern, which begins at a multiple of 1024 bytes. A matrix wider than 64 elements of 16 bits is
-// several such panels, `panel_bytes` apart (the leading dimension of the PTX ISA, "MN-major").
+// several such panels, `panel_bytes` apart (the leading dimension of the PTX ISA, "MN-major"). See "Asynchronous
+// Warpgroup Level Matrix Shared Memory Layout" there.
 LSWAG_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t panel_bytes) {
     constexpr uint64_t kSwizzle128 = 1;
     constexpr uint64_t kPatternBytes = 1024;
@@ -44,6 +45,8 @@ class Hopper {
     __device__ __forceinline__ static int blocks() { return static_cast<int>(gridDim.x); }
     __device__ __forceinline__ static void sync() { __syncthreads(); }
 
+    __device__ __forceinline__ static void sync_warp() { __syncwarp(); }
+
     // Named barriers 1 to 15 of the hardware; 0 is that of `sync`.
     __device__ __forceinline__ static void sync_some(int barrier, int threads) {
         asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -63,7 +66,7 @@ class Hopper {
     // after some seconds.
     __device__ __forceinline__ static void wait(uint64_t* barrier, uint32_t parity) {
         for (uint32_t tries = 0; !test(barrier, parity); ++tries)
-            if (tries >> 26 != 0) __trap();
+            if (tries >> 24 != 0) __trap();
     }
 
     // Copies 16 bytes to shared memory, or fills them with zeros and reads nothing.

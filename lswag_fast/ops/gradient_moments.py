@@ -105,7 +105,8 @@ def gradient_moments(
     size S * O * I is stored. A Zen 5 core reaches 155 to 190 GFLOP/s in float32 and 285 to 345 in bfloat16 on the
     layers of AutoFormer-Tiny, 0.7 to 0.8 of what the inner product alone does (`bench/bench_gradient_moments.py`).
 
-    On a CUDA device the Triton kernel computes it (`gradient_moments_grouped` for many weights in one launch). There,
+    On a CUDA device a Triton kernel computes it, or with LSWAG_BACKEND=cuda on a Hopper GPU one in CUDA C++
+    (`gradient_moments_grouped` for many weights in one launch, and which weights that takes). There,
     deviations are float32, but gradients, means and deviations float64 for two or three groups that are not bfloat16;
     gradients themselves, not operands, are scaled, so that products below 1e-38 are lost.
 

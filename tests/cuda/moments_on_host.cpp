@@ -7,6 +7,7 @@
 // registers are multiplied into without a fence. Sums are NaN until products have ended.
 //
 // Reads cases from standard input and writes results to standard output, in binary; test_moments_on_host.py does both.
+// As a library it runs a launch that tests/kernels/test_wgmma_launch.py makes.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -31,6 +32,7 @@ namespace {
 constexpr uint32_t kStagesAt = 3 * 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 enum Timing { kEarly, kLate, kMixed };
+using Operands = std::vector<std::pair<char*, size_t>>;
 
 [[noreturn]] void fail(const char* what) {
     fprintf(stderr, "%s\n", what);
@@ -83,7 +85,7 @@ struct Fiber {
 
 class Block {
  public:
-    Block(int number, int blocks, Timing timing, uint64_t seed, const std::vector<std::pair<char*, size_t>>& operands)
+    Block(int number, int blocks, Timing timing, uint64_t seed, const Operands& operands)
         : number(number), blocks(blocks), timing_(timing), random_(seed), operands_(operands) {
         memory_.assign(kStages * kStageBytes, 0xff);  // NaN in either type
         written_.assign(memory_.size() / 16, 0);
@@ -112,7 +114,6 @@ class Block {
             require(fibers_[t].asked == fibers_[t / kWarpgroup * kWarpgroup].asked, "a warpgroup is not of one mind");
             require(fibers_[t].registers == nullptr, "products were never waited for");
         }
-        for (const Fiber& fiber : fibers_) require(fiber.copies.empty(), "copies were never waited for");
     }
 
     Fiber& fiber() { return *current_; }
@@ -196,6 +197,7 @@ class Block {
     static void enter(unsigned high, unsigned low) {
         Block* const block = reinterpret_cast<Block*>(uintptr_t{high} << 32 | low);
         block->body_();
+        require(block->current_->copies.empty(), "a thread ended before its copies did");
         block->current_->done = true;
     }
     void leave() { swapcontext(&current_->context, &scheduler_); }
@@ -308,7 +310,7 @@ class Block {
 
     const Timing timing_;
     std::mt19937_64 random_;
-    const std::vector<std::pair<char*, size_t>>& operands_;
+    const Operands& operands_;
     std::function<void()> body_;
     std::vector<char> stacks_;
     std::vector<Fiber> fibers_;
@@ -330,6 +332,8 @@ class Emulated {
     void sync() const { block_.sync_named(0, kMomentsThreads); }
     void sync_some(int barrier, int threads) const { block_.sync_named(barrier, threads); }
     void arrive_at_some(int barrier, int threads) const { block_.arrive_named(barrier, threads); }
+    // Instructions that are `.sync`, too, wait for all threads of the warp.
+    void sync_warp() const { block_.sync_named(16 + thread_ / 32, 32); }
     void make_barrier(uint64_t* at, int arrivals) const { block_.barrier(at) = {arrivals, arrivals, 0}; }
     void arrive(uint64_t* at) const {
         block_.maybe_yield();
@@ -378,9 +382,6 @@ class Emulated {
     float inverse_root(float x) const { return 1.0f / std::sqrt(x); }
 
  private:
-    // Instructions that are `.sync` wait for all threads of the warp.
-    void sync_warp() const { block_.sync_named(16 + thread_ / 32, 32); }
-
     Block& block_;
     const int thread_;
 };
@@ -406,6 +407,20 @@ struct Freed {
     void operator()(char* memory) const { free(memory); }
 };
 
+void run_blocks(const GroupedMoments& task, bool half, int blocks, Timing timing, uint64_t seed,
+                const Operands& operands) {
+    for (int number = 0; number < blocks; ++number) {
+        const std::unique_ptr<Block> block(new Block(number, blocks, timing, seed + number, operands));
+        block->run([&] {
+            const Emulated machine(*block);
+            if (half)
+                moments_of_tiles<Emulated, Float16Product>(machine, task, block->shared, kStagesAt);
+            else
+                moments_of_tiles<Emulated, BFloat16Product>(machine, task, block->shared, kStagesAt);
+        });
+    }
+}
+
 // The tables name an operand by its number where a launch has the sixteenth of an address.
 void moments_case() {
     const Timing timing = static_cast<Timing>(read_number());
@@ -413,7 +428,7 @@ void moments_case() {
     const int blocks = static_cast<int>(read_number());
     const bool half = read_number() != 0;
     std::vector<std::unique_ptr<char, Freed>> memory;
-    std::vector<std::pair<char*, size_t>> operands;
+    Operands operands;
     for (int64_t n = read_number(); n > 0; --n) {
         const size_t bytes = static_cast<size_t>(read_number());
         memory.emplace_back(static_cast<char*>(aligned_alloc(16, (bytes + 15) / 16 * 16)));
@@ -438,16 +453,7 @@ void moments_case() {
     task.ends = ends.data();
     task.magnitudes = magnitudes.data();
     task.partials = partials.data();
-    for (int number = 0; number < blocks; ++number) {
-        const std::unique_ptr<Block> block(new Block(number, blocks, timing, seed + number, operands));
-        block->run([&] {
-            const Emulated machine(*block);
-            if (half)
-                moments_of_tiles<Emulated, Float16Product>(machine, task, block->shared, kStagesAt);
-            else
-                moments_of_tiles<Emulated, BFloat16Product>(machine, task, block->shared, kStagesAt);
-        });
-    }
+    run_blocks(task, half, blocks, timing, seed, operands);
     fwrite(partials.data(), sizeof(double), partials.size(), stdout);
 }
 
@@ -456,4 +462,10 @@ void moments_case() {
 int main() {
     for (int64_t cases = read_number(); cases > 0; --cases) moments_case();
     return 0;
+}
+
+// A launch in the caller's process, whose tables hold addresses. Reads of operands are not checked.
+extern "C" void moments_on_host(const GroupedMoments* task, int half, int blocks) {
+    const Operands anywhere = {{nullptr, std::numeric_limits<size_t>::max()}};
+    run_blocks(*task, half != 0, blocks, kMixed, 1, anywhere);
 }

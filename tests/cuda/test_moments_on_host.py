@@ -155,3 +155,96 @@ def test_shapes_hold_to_the_definition(
 ) -> None:
     weight = drawn(samples, tokens, out, width, groups, dtype)
     assert_holds(sums(program, [weight])[0], weight)
+
+
+def several(dtype: torch.dtype = BF16) -> list[Linear]:
+    shapes = [(4, 20, 136, 24), (4, 70, 40, 200), (4, 5, 128, 128), (4, 130, 264, 8)]
+    return [drawn(*shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_weights_share_a_launch(program: Path, dtype: torch.dtype) -> None:
+    weights = several(dtype)
+    for found, weight in zip(sums(program, weights, blocks=3, before=3), weights, strict=True):
+        assert_holds(found, weight)
+
+
+def test_bits_depend_on_nothing_but_the_weight(program: Path) -> None:
+    weights = several()
+    together = sums(program, weights, blocks=1, timing=EARLY)
+    for blocks, timing in ((2, LATE), (5, MIXED), (9, MIXED)):
+        for found, one in zip(sums(program, weights, blocks=blocks, timing=timing), together, strict=True):
+            assert found.tobytes() == one.tobytes()
+    for weight, one in zip(weights, together, strict=True):
+        assert sums(program, [weight])[0].tobytes() == one.tobytes()
+
+
+def test_any_order_of_events_gives_the_same(program: Path) -> None:
+    # One chunk a tile for some, more chunks a sample than there are stages for others.
+    weights = [drawn(4, 3, 136, 8), drawn(4, 460, 8, 8), drawn(6, 65, 64, 8), drawn(4, 64, 72, 136)]
+    expected_bits = [s.tobytes() for s in sums(program, weights, blocks=2, timing=EARLY)]
+    for seed in range(10):
+        found = sums(program, weights, blocks=1 + seed % 4, seed=seed)
+        assert [s.tobytes() for s in found] == expected_bits
+
+
+def within(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    """The same values amid NaN, so that rows and samples have gaps."""
+    samples, tokens, channels = tensor.shape
+    wide = torch.full((samples, tokens + rows, channels + columns), float("nan"), dtype=tensor.dtype)
+    wide[:, :tokens, :channels] = tensor
+    return wide[:, :tokens, :channels]
+
+
+@pytest.mark.parametrize(("groups", "tokens"), [(8, 33), (4, 33), (8, 64), (4, 64)])
+def test_views_are_read_in_place(program: Path, groups: int, tokens: int) -> None:
+    plain = drawn(8, tokens, 72, 136, groups)
+    first = Linear(within(plain.inputs, 0, 24), within(plain.output_grads, 3, 8), groups)
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (plain.inputs, plain.output_grads)]
+    repeated = Linear(plain.inputs[:1].expand(8, -1, -1), plain.output_grads, groups)
+    for weight in (first, Linear(turned[0], turned[1], groups), repeated):
+        assert_holds(sums(program, [weight])[0], weight)
+
+
+def test_equal_magnitudes_are_exactly_dead(program: Path) -> None:
+    a = normal(1, 1, 50, 136).to(BF16).expand(8, -1, -1)
+    d = normal(2, 1, 50, 72).to(BF16) * torch.tensor([1, -1] * 4, dtype=BF16).view(-1, 1, 1)
+    found = sums(program, [Linear(a, d, 8)])[0]
+    assert found[:4].tolist() == [0, 0, 0, 0]
+    assert found[4] == pytest.approx(expected(Linear(a, d, 8))[4], rel=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e10])
+def test_magnitudes_neither_underflow_nor_overflow(program: Path, magnitude: float) -> None:
+    a, d = normal(1, 8, 33, 40).to(BF16), normal(2, 8, 33, 24, magnitude=magnitude).to(BF16)
+    assert_holds(sums(program, [Linear(a, d, 8)])[0], Linear(a, d, 8))
+
+
+def test_a_number_that_is_not_finite_is_seen(program: Path) -> None:
+    weight = drawn(5, 20, 72, 136)
+    weight.inputs[3, 7, 100] = float("nan")
+    assert np.isnan(sums(program, [weight])[0][1:]).all()
+
+
+def test_other_operands_are_left_to_triton() -> None:
+    def kernel(a: Tensor, d: Tensor, groups: int, **options: bool) -> object:
+        weight = Weight([a.transpose(1, 2).unsqueeze(2)], [d.transpose(1, 2).unsqueeze(2)], groups, **options)
+        return layout_of(weight, 90, wgmma=True).form.kernel
+
+    a, d = torch.zeros(8, 5, 24, dtype=BF16), torch.zeros(8, 5, 16, dtype=BF16)
+    assert kernel(a, d, 8) is WGMMA
+    assert kernel(a.half(), d.half(), 4) is WGMMA
+    others = [
+        (a.float(), d.float(), 8, {}),
+        (a, d.half(), 8, {}),
+        (a.half(), d.half(), 2, {}),
+        (a[..., :20], d, 8, {}),
+        (a, d[..., 4:12], 8, {}),
+        (a.transpose(1, 2).contiguous().transpose(1, 2), d, 8, {}),
+        (a, d, 8, {"signed": True}),
+        (a, d, 8, {"maps": True}),
+    ]
+    for given_a, given_d, groups, options in others:
+        assert kernel(given_a, given_d, groups, **options) is not WGMMA
+    weight = Weight([a.transpose(1, 2).unsqueeze(2)], [d.transpose(1, 2).unsqueeze(2)], 8)
+    assert layout_of(weight, 90).form.kernel is not WGMMA
