@@ -5,7 +5,6 @@ namespace lswag {
 namespace cuda {
 namespace {
 
-constexpr size_t kPatternBytes = 1024;
 constexpr size_t kDynamicBytes = kStages * kStageBytes + kPatternBytes;
 
 // On other architectures than sm_90a this is empty, which its size of shared memory tells.
@@ -15,8 +14,8 @@ __global__ void __launch_bounds__(kMomentsThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ char memory[];
     __shared__ MomentsShared shared;
-    const uint32_t stages = (Hopper::shared(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes;
-    moments_of_tiles<Hopper, Product>(Hopper(), task, shared, stages);
+    const uint32_t stages = (Hopper::address(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes;
+    moments_of_tiles<Hopper, Product>(Hopper(), task, shared, Ring(Hopper::address(shared.barriers), stages));
 #else
     (void)task;
 #endif

@@ -65,23 +65,33 @@ constexpr int kProblemFields = 24, kUseFields = 16;
 enum ProblemField { kHeightUnits, kWidthUnits, kGroups, kInGroup, kFirstUse, kUses, kFirstTile, kSlot };
 enum UseField { kInputs, kInputsSample, kInputsRow, kOutputGrads = 7, kOutputGradsSample, kOutputGradsRow, kRows = 14 };
 
+constexpr uint32_t kBarrierBytes = 8;
+
 struct MomentsShared {
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
+    uint64_t barriers[2 * kStages];  // full ones, empty ones
     double sums[2][kWarps][kSums];
 };
 
-// Which stage comes next, and the parity of its round.
+// The stages in turn, by addresses in shared memory.
 struct Ring {
+    const uint32_t barriers;
+    const uint32_t stages;
     int stage = 0;
-    uint32_t parity = 0;
+    uint32_t parity = 0;  // of the round
+
+    LSWAG_DEVICE Ring(uint32_t barriers, uint32_t stages) : barriers(barriers), stages(stages) {}
+    LSWAG_DEVICE uint32_t memory() const { return stages + stage * kStageBytes; }
+    LSWAG_DEVICE uint32_t full() const { return barriers + stage * kBarrierBytes; }
+    LSWAG_DEVICE uint32_t empty() const { return full() + kStages * kBarrierBytes; }
+    LSWAG_DEVICE uint32_t empty_before() const {
+        return barriers + (kStages + (stage == 0 ? kStages : stage) - 1) * kBarrierBytes;
+    }
     LSWAG_DEVICE void advance() {
         if (++stage == kStages) {
             stage = 0;
             parity ^= 1;
         }
     }
-    LSWAG_DEVICE int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
 };
 
 // A tile of a weight, two rows of partials.
@@ -126,10 +136,9 @@ LSWAG_DEVICE int products_of(int rows) { return (least(rows, kChunkRows) + kProd
 template <class Machine>
 class Producer {
  public:
-    LSWAG_DEVICE Producer(const Machine& machine, MomentsShared& shared, uint32_t stages)
+    LSWAG_DEVICE Producer(const Machine& machine, Ring ring)
         : machine_(machine),
-          shared_(shared),
-          stages_(stages),
+          next_(ring),
           row_(machine.thread() / 8),
           place_(machine.thread() % 8),
           to_(swizzled(row_, place_)) {}
@@ -162,16 +171,16 @@ class Producer {
     }
 
     LSWAG_DEVICE void copy_tile(const WeightTile& tile) {
-        const int rows = tile.rows(), chunks = chunks_of(rows);
+        const int rows = machine_.uniform(tile.rows()), chunks = chunks_of(rows);
         Operand d = operand_of(tile.use + kOutputGrads, tile.o, tile.height(), chunks);
         Operand a = operand_of(tile.use + kInputs, tile.i, tile.width(), chunks);
-        for (int sample = tile.groups() * tile.in_group(); sample > 0; --sample)
+        for (int sample = machine_.uniform(tile.groups() * tile.in_group()); sample > 0; --sample)
             for (int left = rows; left > 0; left -= kChunkRows) {
-                machine_.wait(&shared_.empty[next_.stage], next_.parity ^ 1);
-                const uint32_t stage = stages_ + next_.stage * kStageBytes + to_;
+                machine_.wait(next_.empty(), next_.parity ^ 1);
+                const uint32_t stage = next_.memory() + to_;
                 copy_chunk(d, left, stage);
                 copy_chunk(a, left, stage + 2 * kPanelBytes);
-                machine_.arrive_when_copied(&shared_.full[next_.stage]);
+                machine_.arrive_when_copied(next_.full());
                 next_.advance();
             }
     }
@@ -191,22 +200,20 @@ class Producer {
     }
 
     const Machine& machine_;
-    MomentsShared& shared_;
-    const uint32_t stages_;
+    Ring next_;
     const int row_;
     const int place_;
     const uint32_t to_;
-    Ring next_;
 };
 
 // A warpgroup that multiplies: half 0 has rows 0 to 63 of a tile of weights, half 1 the others.
 template <class Machine, class Product>
 class Consumer {
  public:
-    LSWAG_DEVICE Consumer(const Machine& machine, MomentsShared& shared, uint32_t stages, int half)
+    LSWAG_DEVICE Consumer(const Machine& machine, MomentsShared& shared, Ring ring, int half)
         : machine_(machine),
           shared_(shared),
-          stages_(stages),
+          next_(ring),
           half_(half),
           thread_(machine.thread() % kWarpgroup),
           leads_(half == 0) {}
@@ -232,14 +239,15 @@ class Consumer {
         LSWAG_UNROLL
         for (int w = 0; w < 64; ++w) g[w] = mean[w] = squares[w] = 0.0f;
         const float scale = scale_of(task.magnitudes + 2 * tile.problem[kSlot]);
-        const int rows = tile.rows(), groups = tile.groups(), chunks = tile.in_group() * chunks_of(rows);
+        const int rows = machine_.uniform(tile.rows()), groups = machine_.uniform(tile.groups());
+        const int chunks = machine_.uniform(tile.in_group() * chunks_of(rows));
         for (int group = 0; group < groups; ++group) {
             int left = rows;
             for (int chunk = 0; chunk < chunks; ++chunk) {
                 multiply_chunk(g, products_of(left), chunk > 0);
                 if (chunk > 0) {
                     machine_.wait_for_all_but_last();
-                    release(next_.before());
+                    release(next_.empty_before());
                 }
                 if (leads_ && chunk == least(kLead, chunks) - 1) {
                     machine_.arrive_at_some(kLeadBarrier, 2 * kWarpgroup);
@@ -249,18 +257,18 @@ class Consumer {
                 left = left > kChunkRows ? left - kChunkRows : rows;
             }
             machine_.finish_products(g);
-            release(next_.before());
+            release(next_.empty_before());
             add_group(mean, squares, g, scale, static_cast<float>(group));
         }
         finish_tile(mean, squares, static_cast<float>(groups), sums);
     }
 
     LSWAG_DEVICE void multiply_chunk(float (&g)[64], int products, bool accumulate) {
-        machine_.wait(&shared_.full[next_.stage], next_.parity);
+        machine_.wait(next_.full(), next_.parity);
         machine_.show_copies_to_products();
-        const uint32_t stage = stages_ + next_.stage * kStageBytes;
-        const uint64_t d = matrix_descriptor(stage + half_ * kPanelBytes, kPanelBytes);
-        const uint64_t a = matrix_descriptor(stage + 2 * kPanelBytes, kPanelBytes);
+        const uint32_t stage = next_.memory();
+        const uint32_t d = matrix_descriptor(stage + half_ * kPanelBytes, kPanelBytes);
+        const uint32_t a = matrix_descriptor(stage + 2 * kPanelBytes, kPanelBytes);
         switch (products) {
             case 4:
                 return multiply_rows<4>(g, d, a, accumulate);
@@ -274,7 +282,7 @@ class Consumer {
     }
 
     template <int kProducts>
-    LSWAG_DEVICE void multiply_rows(float (&g)[64], uint64_t d, uint64_t a, bool accumulate) {
+    LSWAG_DEVICE void multiply_rows(float (&g)[64], uint32_t d, uint32_t a, bool accumulate) {
         machine_.begin_products();
         LSWAG_UNROLL
         for (int product = 0; product < kProducts; ++product)
@@ -286,18 +294,18 @@ class Consumer {
     // The half of a tile that lies beyond the last row of its weight.
     LSWAG_DEVICE void skip_tile(const WeightTile& tile, double* sums) {
         for (int chunk = tile.groups() * tile.in_group() * chunks_of(tile.rows()); chunk > 0; --chunk) {
-            machine_.wait(&shared_.full[next_.stage], next_.parity);
+            machine_.wait(next_.full(), next_.parity);
             // All lanes have seen this round of the stage before it can go on to the next.
             machine_.sync_warp();
-            release(next_.stage);
+            release(next_.empty());
             next_.advance();
         }
         if (thread_ < kSums) sums[thread_] = 0.0;
     }
 
     // A warp has read a stage for the last time.
-    LSWAG_DEVICE void release(int stage) {
-        if (thread_ % 32 == 0) machine_.arrive(&shared_.empty[stage]);
+    LSWAG_DEVICE void release(uint32_t empty) {
+        if (thread_ % 32 == 0) machine_.arrive(empty);
     }
 
     LSWAG_DEVICE static float scale_of(const int32_t* magnitudes) {
@@ -352,29 +360,28 @@ class Consumer {
 
     const Machine& machine_;
     MomentsShared& shared_;
-    const uint32_t stages_;
+    Ring next_;
     const int half_;
     const int thread_;
     bool leads_;
-    Ring next_;
 };
 
 template <class Machine, class Product>
 LSWAG_DEVICE void moments_of_tiles(const Machine& machine, const GroupedMoments& task, MomentsShared& shared,
-                                   uint32_t stages) {
+                                   Ring ring) {
     if (machine.thread() == 0)
-        for (int stage = 0; stage < kStages; ++stage) {
-            machine.make_barrier(&shared.full[stage], kWarpgroup);
-            machine.make_barrier(&shared.empty[stage], 2 * kWarps);
+        for (Ring each = ring; each.parity == 0; each.advance()) {
+            machine.make_barrier(each.full(), kWarpgroup);
+            machine.make_barrier(each.empty(), 2 * kWarps);
         }
     machine.sync();
     // Of 168 registers a thread at the start; a weight takes three of its own.
     if (machine.thread() < kWarpgroup) {
         machine.template give_registers<56>();
-        Producer<Machine>(machine, shared, stages).run(task);
+        Producer<Machine>(machine, ring).run(task);
     } else {
         machine.template take_registers<224>();
-        Consumer<Machine, Product>(machine, shared, stages, machine.thread() / kWarpgroup - 1).run(task);
+        Consumer<Machine, Product>(machine, shared, ring, machine.uniform(machine.thread() / kWarpgroup) - 1).run(task);
     }
 }
 

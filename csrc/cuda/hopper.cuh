@@ -18,12 +18,14 @@ constexpr int kWarpgroup = 128;
 // Eight rows are one pattern, which begins at a multiple of 1024 bytes. A matrix wider than 64 elements of 16 bits is
 // several such panels, `panel_bytes` apart (the leading dimension of the PTX ISA, "MN-major"). See "Asynchronous
 // Warpgroup Level Matrix Shared Memory Layout" there.
-LSWAG_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t panel_bytes) {
-    constexpr uint64_t kSwizzle128 = 1;
-    constexpr uint64_t kPatternBytes = 1024;
-    return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{panel_bytes >> 4} << 16 | kPatternBytes >> 4 << 32 |
-           kSwizzle128 << 62;
+//
+// These are the lower 32 bits of its descriptor; the upper ones, the distance of patterns and the kind of swizzle, are
+// always the same.
+LSWAG_DEVICE uint32_t matrix_descriptor(uint32_t address, uint32_t panel_bytes) {
+    return (address & 0x3ffff) >> 4 | panel_bytes >> 4 << 16;
 }
+constexpr uint32_t kPatternBytes = 1024;
+constexpr uint32_t kUpperDescriptor = kPatternBytes >> 4 | 1u << 30;
 
 // Of the 16 bytes at `place` (0 to 7) of a row, from the beginning of their panel.
 LSWAG_DEVICE uint32_t swizzled(int row, int place) {
@@ -31,7 +33,7 @@ LSWAG_DEVICE uint32_t swizzled(int row, int place) {
 }
 
 // How far a descriptor moves for so many rows, which are a multiple of 8.
-LSWAG_DEVICE uint64_t descriptor_step(int rows) { return static_cast<uint64_t>(rows * 128 >> 4); }
+LSWAG_DEVICE uint32_t descriptor_step(int rows) { return static_cast<uint32_t>(rows * 128 >> 4); }
 
 struct BFloat16Product {};
 struct Float16Product {};
@@ -55,16 +57,15 @@ class Hopper {
         asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
     }
 
-    __device__ __forceinline__ static void make_barrier(uint64_t* barrier, int arrivals) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(arrivals) : "memory");
+    __device__ __forceinline__ static void make_barrier(uint32_t barrier, int arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
     }
-    __device__ __forceinline__ static void arrive(uint64_t* barrier) {
-        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(shared(barrier))
-                     : "memory");
+    __device__ __forceinline__ static void arrive(uint32_t barrier) {
+        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
     }
     // Waits for the end of the barrier's phase of this parity. A mistake in the protocol ends the launch with an error
     // after some seconds.
-    __device__ __forceinline__ static void wait(uint64_t* barrier, uint32_t parity) {
+    __device__ __forceinline__ static void wait(uint32_t barrier, uint32_t parity) {
         for (uint32_t tries = 0; !test(barrier, parity); ++tries)
             if (tries >> 24 != 0) __trap();
     }
@@ -76,8 +77,8 @@ class Hopper {
                      : "memory");
     }
     // The barrier gets this thread's arrival when all that it has copied is there.
-    __device__ __forceinline__ static void arrive_when_copied(uint64_t* barrier) {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared(barrier)) : "memory");
+    __device__ __forceinline__ static void arrive_when_copied(uint32_t barrier) {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
     }
     __device__ __forceinline__ static void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
     // Copies belong to the generic proxy and products to the asynchronous one: what this thread knows to be in shared
@@ -98,7 +99,7 @@ class Hopper {
 
     // sums (+)= d^T a over 16 rows of panels d and a: a fragment of [64, 128] a thread.
     template <class Product>
-    __device__ __forceinline__ static void multiply(float (&sums)[64], uint64_t d, uint64_t a, bool accumulate);
+    __device__ __forceinline__ static void multiply(float (&sums)[64], uint32_t d, uint32_t a, bool accumulate);
 
     // Until all products have ended: then `sums` may be read.
     __device__ __forceinline__ static void finish_products(float (&sums)[64]);
@@ -112,22 +113,29 @@ class Hopper {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
     }
 
+    // A number that all threads of a warp have, for registers that a warp has once.
+    __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
     // From the lane so many above in the warp.
     __device__ __forceinline__ static double from_above(double x, int lanes) {
         return __shfl_down_sync(0xffffffffu, x, lanes);
     }
     __device__ __forceinline__ static float inverse_root(float x) { return rsqrtf(x); }
-    __device__ __forceinline__ static uint32_t shared(const void* p) {
-        return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+    // In assembly, so that it is worked out once and not wherever it is used.
+    __device__ __forceinline__ static uint32_t address(const void* shared) {
+        uint32_t found;
+        asm volatile("{\n.reg .u64 found;\ncvta.to.shared.u64 found, %1;\ncvt.u32.u64 %0, found;\n}"
+                     : "=r"(found)
+                     : "l"(shared));
+        return found;
     }
 
  private:
-    __device__ __forceinline__ static bool test(uint64_t* barrier, uint32_t parity) {
+    __device__ __forceinline__ static bool test(uint32_t barrier, uint32_t parity) {
         uint32_t over = 0;
         asm volatile(
             "{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
             : "=r"(over)
-            : "r"(shared(barrier)), "r"(parity)
+            : "r"(barrier), "r"(parity)
             : "memory");
         return over != 0;
     }
@@ -140,30 +148,31 @@ class Hopper {
                             LSWAG_EIGHT(x, 32), LSWAG_EIGHT(x, 40), LSWAG_EIGHT(x, 48), LSWAG_EIGHT(x, 56)
 // The last four operands of the instruction: neither factor is negated, both are transposed.
 #define LSWAG_MULTIPLY(type)                                                                                      \
-    "{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"                                                            \
+    "{\n.reg .pred more;\n.reg .b64 left, right;\nsetp.ne.b32 more, %66, 0;\n"\
+    "mov.b64 left, {%64, %67};\nmov.b64 right, {%65, %67};\n"                                                            \
     "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                                             \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "                  \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "                  \
     "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "                  \
     "%56, %57, %58, %59, %60, %61, %62, %63},"                                                                    \
-    " %64, %65, more, 1, 1, 1, 1;\n}"
+    " left, right, more, 1, 1, 1, 1;\n}"
 // clang-format on
 
 template <>
-__device__ __forceinline__ void Hopper::multiply<BFloat16Product>(float (&sums)[64], uint64_t d, uint64_t a,
+__device__ __forceinline__ void Hopper::multiply<BFloat16Product>(float (&sums)[64], uint32_t d, uint32_t a,
                                                                   bool accumulate) {
     asm volatile(LSWAG_MULTIPLY("bf16")
                  : LSWAG_SIXTY_FOUR(sums)
-                 : "l"(d), "l"(a), "r"(static_cast<int>(accumulate))
+                 : "r"(d), "r"(a), "r"(static_cast<int>(accumulate)), "r"(kUpperDescriptor)
                  : "memory");
 }
 
 template <>
-__device__ __forceinline__ void Hopper::multiply<Float16Product>(float (&sums)[64], uint64_t d, uint64_t a,
+__device__ __forceinline__ void Hopper::multiply<Float16Product>(float (&sums)[64], uint32_t d, uint32_t a,
                                                                  bool accumulate) {
     asm volatile(LSWAG_MULTIPLY("f16")
                  : LSWAG_SIXTY_FOUR(sums)
-                 : "l"(d), "l"(a), "r"(static_cast<int>(accumulate))
+                 : "r"(d), "r"(a), "r"(static_cast<int>(accumulate)), "r"(kUpperDescriptor)
                  : "memory");
 }
 

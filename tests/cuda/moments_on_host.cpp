@@ -29,6 +29,7 @@ using namespace lswag::cuda;
 
 namespace {
 
+constexpr uint32_t kBarriersAt = 128;
 constexpr uint32_t kStagesAt = 3 * 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 enum Timing { kEarly, kLate, kMixed };
@@ -56,7 +57,7 @@ struct NamedBarrier {
 };
 
 struct Copy {
-    uint64_t* barrier;  // where this is an arrival, not a copy
+    uint32_t barrier;  // where this is an arrival, not a copy
     uint32_t to;
     const char* from;
     bool live;
@@ -164,8 +165,8 @@ class Block {
 
     void show_copies() { current_->visible = now_; }
 
-    MBarrier& barrier(uint64_t* at) { return barriers_[at]; }
-    void arrive(uint64_t* at) {
+    MBarrier& barrier(uint32_t at) { return barriers_[at]; }
+    void arrive(uint32_t at) {
         MBarrier& barrier = barriers_.at(at);
         if (--barrier.pending == 0) {
             barrier.pending = barrier.count;
@@ -246,7 +247,7 @@ class Block {
     bool finish_one_copy(Fiber& fiber) {
         const Copy copy = fiber.copies.front();
         fiber.copies.pop_front();
-        if (copy.barrier != nullptr) {
+        if (copy.barrier != 0) {
             arrive(copy.barrier);
             return true;
         }
@@ -319,7 +320,7 @@ class Block {
     std::vector<unsigned char> memory_;
     std::vector<int64_t> written_;  // when each 16 bytes were
     int64_t now_ = 0;
-    std::map<uint64_t*, MBarrier> barriers_;
+    std::map<uint32_t, MBarrier> barriers_;
     std::map<int, NamedBarrier> named_;
 };
 
@@ -334,18 +335,18 @@ class Emulated {
     void arrive_at_some(int barrier, int threads) const { block_.arrive_named(barrier, threads); }
     // Instructions that are `.sync`, too, wait for all threads of the warp.
     void sync_warp() const { block_.sync_named(16 + thread_ / 32, 32); }
-    void make_barrier(uint64_t* at, int arrivals) const { block_.barrier(at) = {arrivals, arrivals, 0}; }
-    void arrive(uint64_t* at) const {
+    void make_barrier(uint32_t at, int arrivals) const { block_.barrier(at) = {arrivals, arrivals, 0}; }
+    void arrive(uint32_t at) const {
         block_.maybe_yield();
         block_.arrive(at);
     }
-    void wait(uint64_t* at, uint32_t parity) const {
+    void wait(uint32_t at, uint32_t parity) const {
         block_.wait_until([this, at, parity] { return (block_.barrier(at).phase & 1) != parity; });
     }
     void copy(uint32_t to, const void* from, bool live) const {
-        block_.add_copy({nullptr, to, static_cast<const char*>(from), live});
+        block_.add_copy({0, to, static_cast<const char*>(from), live});
     }
-    void arrive_when_copied(uint64_t* at) const { block_.add_copy({at, 0, nullptr, false}); }
+    void arrive_when_copied(uint32_t at) const { block_.add_copy({at, 0, nullptr, false}); }
     void wait_for_copies() const { block_.finish_copies(block_.fiber()); }
     void show_copies_to_products() const { block_.show_copies(); }
     void begin_products() const { block_.fiber().fenced = true; }
@@ -355,8 +356,9 @@ class Emulated {
         sync_warp();
     }
     template <class Type>
-    void multiply(float (&sums)[64], uint64_t d, uint64_t a, bool accumulate) const {
-        block_.multiply(sums, {d, a, accumulate, std::is_same<Type, Float16Product>::value, 0});
+    void multiply(float (&sums)[64], uint32_t d, uint32_t a, bool accumulate) const {
+        const uint64_t upper = uint64_t{kUpperDescriptor} << 32;
+        block_.multiply(sums, {upper | d, upper | a, accumulate, std::is_same<Type, Float16Product>::value, 0});
     }
     void finish_products(float (&sums)[64]) const {
         Fiber& fiber = block_.fiber();
@@ -379,6 +381,7 @@ class Emulated {
         sync_warp();
         return found;
     }
+    int uniform(int x) const { return x; }
     float inverse_root(float x) const { return 1.0f / std::sqrt(x); }
 
  private:
@@ -413,10 +416,11 @@ void run_blocks(const GroupedMoments& task, bool half, int blocks, Timing timing
         const std::unique_ptr<Block> block(new Block(number, blocks, timing, seed + number, operands));
         block->run([&] {
             const Emulated machine(*block);
+            const Ring ring(kBarriersAt, kStagesAt);
             if (half)
-                moments_of_tiles<Emulated, Float16Product>(machine, task, block->shared, kStagesAt);
+                moments_of_tiles<Emulated, Float16Product>(machine, task, block->shared, ring);
             else
-                moments_of_tiles<Emulated, BFloat16Product>(machine, task, block->shared, kStagesAt);
+                moments_of_tiles<Emulated, BFloat16Product>(machine, task, block->shared, ring);
         });
     }
 }
