@@ -1,8 +1,9 @@
 """Everything that only a GPU can show, in one command of at most eight minutes: `make bench-gpu`.
 
 In this order, each in a process of its own and written as it comes: correctness on the device, the whole score, the
-kernels, the peers, some tests again under a memory checker. A step that fails or runs out of time is recorded with its
-reason, and the next one runs. Everything printed goes to a log a step in the output folder, results there too.
+kernels, the peers, some tests again under a memory checker; last, tests and times of the wgmma kernel of gradient
+moments, which no result before them uses. A step that fails or runs out of time is recorded with its reason, and the
+next one runs. Everything printed goes to a log a step in the output folder, results there too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import measure
 import per_sample_gradients
 import torch
 import torch.nn.functional as F
-from gpu_cases import MIDDLE, Case, cases, depthwise_cases
+from gpu_cases import MIDDLE, Case, cases, depthwise_cases, moments_case
 from original_autoformer import original_candidate
 from torch import Tensor
 
@@ -43,7 +44,15 @@ from lswag_fast.kernels.gradient_moments_launch import has_wgmma
 from lswag_fast.options import ScoreOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = {"correctness": 160, "score": 100, "kernels": 60, "peers": 40, "memory checker": 50}
+BUDGET = {
+    "correctness": 150,
+    "score": 90,
+    "kernels": 60,
+    "peers": 30,
+    "memory checker": 40,
+    "wgmma correctness": 20,
+    "wgmma": 20,
+}
 """Seconds a step may take; with the build they are eight minutes."""
 ROUNDS = 20
 PRODUCT = 8192
@@ -78,13 +87,16 @@ def command_of(step: str, folder: Path) -> list[str] | None:
     """Returns what a step runs; None where it cannot run here."""
     if step in STEPS:
         return [sys.executable, __file__, "--step", step, "--output", str(folder)]
-    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*on_device.py"))
+    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*on_device.py"))
+    tests = [path for path in found if ("wgmma" in path) == (step == "wgmma correctness")]
     pytest = [sys.executable, "-P", "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", *tests]
+    if step == "wgmma correctness":
+        return pytest
     if step == "correctness":
         # Most of it is compiling, which several processes share.
         return [*pytest, *(["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []), "--durations=15"]
     checker = shutil.which("compute-sanitizer")
-    some = "hamming or groups_of_samples or made_to_collide or small_wgmma_tiles"
+    some = "hamming or groups_of_samples or made_to_collide"
     return None if checker is None else [checker, "--error-exitcode", "9", *pytest, "-k", some]
 
 
@@ -177,9 +189,6 @@ def score_step(rows: Rows) -> None:
         score = timed(subject.score, waits=True)
         rows.add(score, name, "score")
         rows.add(60 / score["seconds"], name, "candidates a minute, one at a time")
-        if has_wgmma(torch.device("cuda")):
-            by_wgmma = preferring("cuda")(subject.score)
-            rows.add(timed(by_wgmma, waits=True), name, "score, gradient moments in CUDA C++")
         rows.add(60 / subject.seconds_in_flight(), name, "candidates a minute, two in flight")
         rows.add(subject.products_floor(rates_here), name, "floor_seconds_of_products_alone")
         for how, call in subject.plain_passes().items():
@@ -295,12 +304,34 @@ def kernels_step(rows: Rows) -> None:
     subjects: dict[str, Iterator[Case]] = {name: cases(MIDDLE[name], samples=64) for name in MIDDLE}
     for name, of_subject in {**subjects, "convolutions": depthwise_cases(samples=64)}.items():
         for case in of_subject:
-            sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
-            row = timed(rotating([case.make() for _ in range(sets)]))
-            products = case.flops / peaks["bfloat16_flops_per_second"]
-            floor = max(products, case.bytes / peaks["copy_bytes_per_second"])
-            facts = {"flops": case.flops, "bytes": case.bytes, "share_of_floor": floor / row["seconds"]}
-            rows.add({**row, **facts, "share_of_matrix_rate": products / row["seconds"]}, name, case.name)
+            rows.add(row_of(case, peaks), name, case.name)
+
+
+def wgmma_step(rows: Rows) -> None:
+    """Finds the time of gradient moments by Triton and by CUDA C++, in turn, and of the score with the latter."""
+    if not has_wgmma(torch.device("cuda")):
+        rows.add("not measured: no device of compute capability 9.0, or no build for sm_90a", "why")
+        return
+    peaks = rates()
+    rows.add(peaks, "rates")
+    for name in MIDDLE:
+        case = moments_case(MIDDLE[name], samples=64)
+        for again in ("", ", again"):
+            for preferred in ("triton", "cuda"):
+                with preferring(preferred):
+                    rows.add(row_of(case, peaks), name, f"{case.name}, {preferred}{again}")
+        with preferring("cuda"):
+            rows.add(timed(Subject(name, samples=64).score, waits=True), name, "score")
+
+
+def row_of(case: Case, peaks: dict[str, float]) -> dict[str, float]:
+    """Returns the time of a kernel, and its share of the floor and of the matrix rate."""
+    sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
+    row = timed(rotating([case.make() for _ in range(sets)]))
+    products = case.flops / peaks["bfloat16_flops_per_second"]
+    floor = max(products, case.bytes / peaks["copy_bytes_per_second"])
+    facts = {"flops": case.flops, "bytes": case.bytes, "share_of_floor": floor / row["seconds"]}
+    return {**row, **facts, "share_of_matrix_rate": products / row["seconds"]}
 
 
 def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -309,7 +340,12 @@ def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(turn)()
 
 
-STEPS: dict[str, Callable[[Rows], None]] = {"score": score_step, "kernels": kernels_step, "peers": peers_step}
+STEPS: dict[str, Callable[[Rows], None]] = {
+    "score": score_step,
+    "kernels": kernels_step,
+    "peers": peers_step,
+    "wgmma": wgmma_step,
+}
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lswag_fast.backends import preferring
-from lswag_fast.kernels.gradient_moments_launch import has_wgmma
 from lswag_fast.ops.activation_patterns import activate_and_pack, count_patterns_device, hamming_kernel, pack_signs
 from lswag_fast.ops.gelu import activation_backward
 from lswag_fast.ops.gradient_moments import Convolution
@@ -92,22 +90,27 @@ def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[
         positions = sum(tokens * mlp_width(embed, ratio) for ratio in ratios)
         yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8)
     yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
-    shapes = linear_shapes(arch)
+    for signed in (False, True):
+        yield moments_case(arch, samples, tokens, signed=signed)
 
-    def moments(*, signed: bool, preferred: str = "triton") -> Callable[[], Any]:
-        problems = [MomentProblem(drawn(tokens, i), drawn(tokens, o), samples, signed=signed) for o, i in shapes]
-        return preferring(preferred)(partial(launch_gradient_moments, problems))
 
-    named = {"": {"signed": False}, ", signed": {"signed": True}}
-    if has_wgmma(torch.device("cuda")):
-        named[" (CUDA C++ where it takes them)"] = {"signed": False, "preferred": "cuda"}
-    for detail, options in named.items():
-        yield Case(
-            "gradient moments, all Linear layers but the head" + detail,
-            partial(moments, **options),
-            sum(2 * rows * o * i for o, i in shapes),
-            sum(2 * rows * (o + i) for o, i in shapes),
-        )
+def moments_case(arch: Mapping[str, Any], samples: int, tokens: int = 197, *, signed: bool = False) -> Case:
+    """Returns the gradient moments of all Linear layers of a candidate but its head, as one launch."""
+    shapes, rows = linear_shapes(arch), samples * tokens
+
+    def drawn(width: int) -> Tensor:
+        return torch.randn(samples, tokens, width, device="cuda", dtype=torch.bfloat16)
+
+    def moments() -> Callable[[], Any]:
+        problems = [MomentProblem(drawn(i), drawn(o), samples, signed=signed) for o, i in shapes]
+        return partial(launch_gradient_moments, problems)
+
+    return Case(
+        "gradient moments, all Linear layers but the head" + ", signed" * signed,
+        moments,
+        sum(2 * rows * o * i for o, i in shapes),
+        sum(2 * rows * (o + i) for o, i in shapes),
+    )
 
 
 def linear_shapes(arch: Mapping[str, Any]) -> list[tuple[int, int]]:

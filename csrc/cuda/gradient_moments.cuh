@@ -1,39 +1,40 @@
 // Moments of |g| of linear weights, g_k = sum over n in group k of d_n^T a_n, by wgmma (sm_90a). Tables, scale, dead
 // weights and the sums of a tile are those of the Triton kernel (lswag_fast/kernels/gradient_moments.py), which stays
-// the default: this one has not run on a GPU yet, so nothing here is timed. What it does was run on the CPU, where
+// the default: this one has not run on a GPU yet, so nothing here is timed. It has run on the CPU, where
 // tests/cuda/moments_on_host.cpp does what the PTX ISA says of each instruction.
 //
 // Cost of a weight [O, I] over S samples of T rows: 2 * S * T * O * I FLOP; S * T * (O + I) elements at least, and
 // S * T * O * I / 64 from the L2 cache, as a tile is 128 x 128. At the full rate of 4096 FLOP a clock that is 64 bytes
-// a clock and multiprocessor, what it can take in; the L2 cache gives perhaps half to two thirds of that to all at
-// once, and so sets the pace, at 50 to 65 % of the matrix rate. T is rounded up to a multiple of 16: 5 % for 197 rows,
-// against 23 % in chunks of 64.
+// a clock and multiprocessor, all it can take in. The L2 cache is estimated to give half to two thirds of that to all
+// at once, and so should set the pace, at 50 to 65 % of the matrix rate. T is rounded up to a multiple of 16: 5 % for
+// 197 rows, against 23 % in chunks of 64.
 //
 // A block has a multiprocessor. One warpgroup copies chunks of 64 rows into a ring of seven stages (32 KB each), two
-// multiply 64 x 128 weights each. These take 64 registers a thread for g, its mean and its squared deviations: 192, and
-// some 20 more, so the copying warpgroup gives registers away. Welford's update is four instructions a weight, 31 % of
-// the time of the products of 197 rows; one half of the tile begins kLead chunks before the other, so that it updates
-// while the other multiplies. A half writes sums of its own and nothing but the ring ties the two together.
+// multiply 64 x 128 weights each. These take 64 registers a thread for g, its mean and its squared deviations: 192 of
+// the 204 in use, so the copying warpgroup gives registers away. Welford's update is four instructions a weight, 31 %
+// of the time of the products of 197 rows; one half of the tile begins kLead chunks before the other, so that it
+// updates while the other multiplies. A half writes sums of its own, and nothing but the ring ties the two together.
 //
 // What was weighed, in compiled code alone:
-// - Copies by threads (cp.async), not by the tensor memory engine: no map of each operand that the driver encodes, no
-//   alignment but 16 bytes, and the tables of the Triton kernel as they are. It takes 130 instructions a chunk in each
-//   of four warps, a quarter of the issue slots of one of them. What the engine would add is a copy that two blocks of
-//   a cluster share: 48 bytes a clock from the L2 cache, not 64. That is the next step if the cache is what limits.
-// - An arrival that follows the copies (cp.async.mbarrier.arrive.noinc) with the fence between proxies in the consumer.
-//   A fence in the producer comes with a memory barrier that may wait for copies still under way.
-// - A loop over the products of a chunk with a count known at run time makes the compiler serialise them (C7520): each
-//   count is straight code of its own.
-// - An address worked out for each copy spills in the producer, with 40 registers and with 56; a pointer an operand
-// that
-//   is stepped does not.
-// Descriptors and places in shared memory are those that Triton compiles for the same product.
+// - Copies by threads (cp.async), not by the tensor memory accelerator: no map of each operand for a driver to encode,
+//   and the tables of the Triton kernel as they are. They take 150 instructions a chunk in each of four warps, a third
+//   of what one of them can issue meanwhile. What the accelerator would add is copies that two blocks of a cluster
+//   share: 48 bytes a clock from the L2 cache, not 64. That is the next step if the cache is what limits.
+// - An arrival that follows the copies (cp.async.mbarrier.arrive.noinc), with the fence between proxies in the
+//   consumer. A fence in the producer comes with a memory barrier that may wait for copies still under way.
+// - A loop over the products of a chunk, with a count known at run time, makes the compiler serialise them (C7520):
+//   each count is straight code of its own.
+// - An address worked out for each copy spills in the producer, with 40 registers and with 56. A pointer an operand
+//   that is stepped does not.
+// - Counts and the half that a warpgroup has come from its first lane, so that stages and descriptors are in registers
+//   that a warp has once: 90 instructions a chunk in a consumer, not 137.
+// Descriptors, and places in shared memory, are those of the code that Triton makes for the same product.
 //
-// Why it cannot hang: chunks have one order, the same for all three warpgroups. The producer waits only for a stage to
-// be empty, that is for chunk n - 7 to be read by both halves; a half waits only for a chunk to be there, and has
-// released all chunks but the last one or two it multiplied, the very last one at the end of its group. The second half
-// waits once, at the start, for the first to have begun chunk kLead of its first tile, or the last of its first group,
-// which lies in the first kLead <= 7 stages, for which the producer waits for nobody.
+// Why no warpgroup waits for ever: all three go through the same chunks in the same order. The producer, at chunk n,
+// waits for both halves to release chunk n - 7. A half at chunk n waits for that chunk alone, and has then released all
+// but chunk n - 1, or that too where a group ended; so chunk n - 7 waits for no copy later than n - 6. The second half
+// waits once, before its first chunk, for the first half to have asked for the products of one of its first kLead
+// chunks; the producer copies as many as there are stages before it waits for any half.
 #pragma once
 
 #include <cmath>
