@@ -64,7 +64,8 @@ constexpr int kUnitElements = 8;
 // The columns of the tables, as in lswag_fast/kernels/gradient_moments_shared.py.
 constexpr int kProblemFields = 24, kUseFields = 16;
 enum ProblemField { kHeightUnits, kWidthUnits, kGroups, kInGroup, kFirstUse, kUses, kFirstTile, kSlot };
-enum UseField { kInputs, kInputsSample, kInputsRow, kOutputGrads = 7, kOutputGradsSample, kOutputGradsRow, kRows = 14 };
+enum UseField { kInputs = 0, kOutputGrads = 7, kRows = 14 };
+enum OperandField { kAddress, kSampleStep, kRowStep };  // from one of the first two on
 
 constexpr uint32_t kBarrierBytes = 8;
 
@@ -160,12 +161,12 @@ class Producer {
     };
 
     LSWAG_DEVICE Operand operand_of(const int64_t* fields, int first, int units, int chunks) const {
-        const int64_t row = fields[2] * kUnitBytes;
+        const int64_t row = fields[kRowStep] * kUnitBytes;
         Operand operand;
         operand.from =
-            reinterpret_cast<const char*>(fields[0] * kUnitBytes + row_ * row + first * 2 + place_ * kUnitBytes);
+            reinterpret_cast<const char*>(fields[kAddress] * kUnitBytes + row_ * row + first * 2 + place_ * kUnitBytes);
         operand.step = kProductRows * row;
-        operand.sample = fields[1] * kUnitBytes - int64_t{chunks - 1} * kChunkRows * row;
+        operand.sample = fields[kSampleStep] * kUnitBytes - int64_t{chunks - 1} * kChunkRows * row;
         for (int panel = 0; panel < 2; ++panel)
             operand.live[panel] = first / kUnitElements + panel * 8 + place_ < units;
         return operand;
@@ -376,7 +377,7 @@ LSWAG_DEVICE void moments_of_tiles(const Machine& machine, const GroupedMoments&
             machine.make_barrier(each.empty(), 2 * kWarps);
         }
     machine.sync();
-    // Of 168 registers a thread at the start; a weight takes three of its own.
+    // All have 168 at the start, which together is all there are.
     if (machine.thread() < kWarpgroup) {
         machine.template give_registers<56>();
         Producer<Machine>(machine, ring).run(task);
