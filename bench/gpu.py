@@ -1,10 +1,11 @@
 """Everything that only a GPU can show, in one command of at most eight minutes: `make bench-gpu`.
 
 In this order, each in a process of its own and written as it comes: correctness on the device (and beside it the
-kernels of later steps are compiled), the whole score, the kernels, the peers, some tests again under a memory checker.
-A step that fails or runs out of time is recorded with its reason, and the next one runs; so it is with the rows of a
-step. Logs go to the output folder, results to bench/results/<device>-kernels.json and there too. With --only, the
-results of the other steps stay as they are.
+kernels of later steps are compiled), the whole score, the kernels, the peers, some tests again under a memory checker;
+last, tests and times of the wgmma kernel of gradient moments, which no result before them uses. A step that fails or
+runs out of time is recorded with its reason, and the next one runs; so it is with the rows of a step. Logs go to the
+output folder, results to bench/results/<device>-kernels.json and there too. With --only, the results of the other
+steps stay as they are.
 """
 
 from __future__ import annotations
@@ -31,17 +32,27 @@ import measure
 import per_sample_gradients
 import torch
 import torch.nn.functional as F
-from gpu_cases import MIDDLE, Case, cases, depthwise_cases
+from gpu_cases import MIDDLE, Case, cases, depthwise_cases, moments_case
 from original_autoformer import original_candidate
 from steps import Rows, Step, rows_path, run
 from torch import Tensor
 
 from lswag_fast import images, spaces
+from lswag_fast.backends import preferring
 from lswag_fast.correlation import kendall_tau
 from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.kernels.gradient_moments_launch import has_wgmma
 from lswag_fast.options import ScoreOptions
 
-BUDGET = {"correctness": 160, "score": 100, "kernels": 60, "peers": 40, "memory checker": 65}
+BUDGET = {
+    "correctness": 150,
+    "score": 90,
+    "kernels": 60,
+    "peers": 35,
+    "memory checker": 50,
+    "wgmma correctness": 20,
+    "wgmma": 20,
+}
 """Seconds a step may take; with the build they are eight minutes."""
 ROUNDS = 20
 PRODUCT = 8192
@@ -59,8 +70,11 @@ def step(name: str, folder: Path) -> Step:
     cache = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(measure.ROOT / "build" / "triton"))}
     if name in STEPS:
         return Step(name, seconds, [*script, "--step", name], environment=cache)
-    tests = sorted(str(path.relative_to(measure.ROOT)) for path in (measure.ROOT / "tests").rglob("test_*on_device.py"))
+    found = sorted(str(path.relative_to(measure.ROOT)) for path in (measure.ROOT / "tests").rglob("test_*on_device.py"))
+    tests = [path for path in found if ("wgmma" in path) == (name == "wgmma correctness")]
     pytest = [sys.executable, "-P", "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", *tests]
+    if name == "wgmma correctness":
+        return Step(name, seconds, pytest, environment=cache)
     if name == "correctness":
         # Most of it is compiling, which several processes share.
         parallel = ["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []
@@ -259,6 +273,23 @@ def kernels_step(rows: Rows) -> None:
             rows.attempt(partial(row_of, case, peaks), name, case.name)
 
 
+def wgmma_step(rows: Rows) -> None:
+    """Finds the time of gradient moments by Triton and by CUDA C++, in turn, and of the score with the latter."""
+    if not has_wgmma(torch.device("cuda")):
+        rows.add("not measured: no device of compute capability 9.0, or no build for sm_90a", "why")
+        return
+    peaks = rates()
+    rows.add(peaks, "rates")
+    for name in MIDDLE:
+        case = moments_case(MIDDLE[name], samples=64)
+        for again in ("", ", again"):
+            for preferred in ("triton", "cuda"):
+                with preferring(preferred):
+                    rows.attempt(partial(row_of, case, peaks), name, f"{case.name}, {preferred}{again}")
+        with preferring("cuda"):
+            rows.attempt(lambda name=name: timed(Subject(name, samples=64).score, waits=True), name, "score")
+
+
 def row_of(case: Case, peaks: dict[str, float]) -> dict[str, float]:
     """Returns the time of a kernel, and its share of the floor and of the matrix rate."""
     sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
@@ -301,7 +332,12 @@ def compile_convolutions() -> None:
         case.make()()
 
 
-STEPS: dict[str, Callable[[Rows], None]] = {"score": score_step, "kernels": kernels_step, "peers": peers_step}
+STEPS: dict[str, Callable[[Rows], None]] = {
+    "score": score_step,
+    "kernels": kernels_step,
+    "peers": peers_step,
+    "wgmma": wgmma_step,
+}
 COMPILED: dict[str, Callable[[], None]] = {
     **{name: partial(compile_scores, name) for name in MIDDLE},
     "ranking": compile_ranking,

@@ -90,19 +90,27 @@ def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[
         positions = sum(tokens * mlp_width(embed, ratio) for ratio in ratios)
         yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8)
     yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
-    shapes = linear_shapes(arch)
+    for signed in (False, True):
+        yield moments_case(arch, samples, tokens, signed=signed)
 
-    def moments(*, signed: bool) -> Callable[[], Any]:
-        problems = [MomentProblem(drawn(tokens, i), drawn(tokens, o), samples, signed=signed) for o, i in shapes]
+
+def moments_case(arch: Mapping[str, Any], samples: int, tokens: int = 197, *, signed: bool = False) -> Case:
+    """Returns the gradient moments of all Linear layers of a candidate but its head, as one launch."""
+    shapes, rows = linear_shapes(arch), samples * tokens
+
+    def drawn(width: int) -> Tensor:
+        return torch.randn(samples, tokens, width, device="cuda", dtype=torch.bfloat16)
+
+    def moments() -> Callable[[], Any]:
+        problems = [MomentProblem(drawn(i), drawn(o), samples, signed=signed) for o, i in shapes]
         return partial(launch_gradient_moments, problems)
 
-    for signed in (False, True):
-        yield Case(
-            "gradient moments, all Linear layers but the head" + ", signed" * signed,
-            partial(moments, signed=signed),
-            sum(2 * rows * o * i for o, i in shapes),
-            sum(2 * rows * (o + i) for o, i in shapes),
-        )
+    return Case(
+        "gradient moments, all Linear layers but the head" + ", signed" * signed,
+        moments,
+        sum(2 * rows * o * i for o, i in shapes),
+        sum(2 * rows * (o + i) for o, i in shapes),
+    )
 
 
 def linear_shapes(arch: Mapping[str, Any]) -> list[tuple[int, int]]:

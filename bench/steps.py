@@ -64,7 +64,7 @@ def run(steps: Sequence[Step], folder: Path, results: dict[str, Any], write: Cal
 
 
 def _attempt(step: Step, folder: Path) -> dict[str, Any]:
-    """Runs a step within its time, everything that it prints in a file, and returns how it ended."""
+    """Runs a step within its time, all that it and what is beside it print in a file, and returns how it ended."""
     if step.command is None:
         return {"ok": True, "why": f"not run: {step.missing}"}
     log = folder / f"{_slug(step.name)}.log"
@@ -84,9 +84,10 @@ def _attempt(step: Step, folder: Path) -> dict[str, Any]:
                 helper.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 _kill(helper)
-    if not step.beside:
-        Path(other.name).unlink()
-    text = log.read_text(errors="replace")
+    text, beside_text = (Path(f.name).read_text(errors="replace") for f in (file, other))
+    Path(other.name).unlink()
+    if step.beside:
+        log.write_text(f"{text}\n== beside it\n{beside_text}")
     print("\n".join(text.splitlines()[-TAIL:]), flush=True)
     return {**outcome, **_of_pytest(text)}
 

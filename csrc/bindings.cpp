@@ -16,6 +16,7 @@ void register_activation_patterns_cuda(py::module_& m);
 void register_channel_saliency(py::module_& m);
 void register_device_numbers_cuda(py::module_& m);
 void register_gradient_moments(py::module_& m);
+void register_gradient_moments_cuda(py::module_& m);
 void register_relative_attention(py::module_& m);
 
 }  // namespace lswag
@@ -64,5 +65,6 @@ PYBIND11_MODULE(_C, m) {
     register_channel_saliency(m);
     register_device_numbers_cuda(m);
     register_gradient_moments(m);
+    register_gradient_moments_cuda(m);
     register_relative_attention(m);
 }

@@ -14,13 +14,16 @@ from .errors import InputError
 
 IMPLEMENTATIONS = {
     "activation_patterns": ("cpp", "cuda"),
-    "gradient_moments": ("cpp", "triton"),
+    "gradient_moments": ("cpp", "triton", "cuda"),
     "channel_saliency": ("cpp", "torch"),
     "relative_attention": ("cpp", "triton", "torch"),
     "layer_norm": ("triton", "torch"),
     "gelu": ("triton", "torch"),
 }
-"""Of each op: C++ for the CPU, CUDA C++, Triton, torch's operations for any device. The first that fits is taken."""
+"""Of each op: C++ for the CPU, CUDA C++, Triton, torch's operations for any device. The first that fits is taken.
+
+The CUDA C++ of gradient moments is for some weights on Hopper GPUs alone; Triton takes the others.
+"""
 
 _preferred: ContextVar[str | None] = ContextVar("_preferred", default=None)
 

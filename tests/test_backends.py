@@ -26,6 +26,9 @@ def test_an_environment_variable_prefers_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LSWAG_BACKEND", "torch")
     assert backends.implementation("relative_attention", "cuda") == "torch"
     assert backends.implementation("gradient_moments", "cuda") == "triton"
+    monkeypatch.setenv("LSWAG_BACKEND", "cuda")
+    assert backends.implementation("gradient_moments", "cuda") == "cuda"
+    assert backends.implementation("gradient_moments", "cpu") == "cpp"
     monkeypatch.setenv("LSWAG_BACKEND", "triton")
     assert backends.implementation("gradient_moments", "cpu") == "cpp"
     monkeypatch.setenv("TRITON_INTERPRET", "1")

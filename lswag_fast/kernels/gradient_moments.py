@@ -3,7 +3,8 @@
 Three launches: `largest_magnitudes` finds the scale of every problem, `moments_of_tiles` (or `moments_of_windows`, or
 `moments_of_depthwise`) works through the tiles of all problems with a fixed grid of programs, `sums_of_tiles` adds the
 tiles' sums up in float64, problem by problem, in the order of the tiles. No float atomics: a problem has the same bits
-whatever else shares its launch. No g is ever stored; the memory used is 40 bytes a tile, 88 where SIGNED.
+whatever else shares its launch. No g is ever stored; the memory used is 40 bytes a tile, 88 where SIGNED. On a Hopper
+GPU, csrc/cuda/gradient_moments.cuh can take the place of `moments_of_tiles`; see there what that is for.
 
 Cost of a weight [O, I] over S samples of T rows: 2 * S * T * O * I FLOP; S * T * (O / BO * I + I / BI * O) elements
 read, of which those beyond S * T * (O + I) come from the L2 cache, since the tiles in flight share their operands.

@@ -22,7 +22,7 @@ from .. import _C
 from ..errors import InputError
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
-from .gradient_moments_layout import TYPES, Form, Layout, Rows, tile_bytes
+from .gradient_moments_layout import TYPES, WGMMA, Form, Layout, Rows, tile_bytes
 from .gradient_moments_shared import (
     EVERY,
     FIRST_TILE,
@@ -66,7 +66,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class _Section:
-    """The tiles of one form, which one kernel works through."""
+    """The tiles of one form, which one kernel works through; numbers are those of rows of sums."""
 
     form: Form
     first_tile: int
@@ -156,6 +156,14 @@ def architecture_of(device: torch.device) -> int:
 
 
 @cache
+def has_wgmma(device: torch.device) -> bool:
+    """Tells whether the CUDA C++ kernel runs on a device: a Hopper GPU, and a build that holds code for it."""
+    if device.type != "cuda":
+        return False
+    return _C.cuda_has_grouped_moments(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
 def _device_facts(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
@@ -226,6 +234,13 @@ def _work_through(
 ) -> None:
     form, tile = section.form, section.form.tile
     device, source = memory[0].device, TYPES[form.a_type]
+    if form.kernel is WGMMA:
+        problems, uses, ends, magnitudes, partials = memory
+        half = form.a_type == torch.float16
+        tables = (problems, uses, ends, magnitudes.view(torch.int64), partials)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _C.cuda_grouped_moments(*tables, problem_count, section.first_tile, section.end_tile, half, stream)
+        return
     options: dict[str, Any] = constants_of(
         tile, form.kind, source, maps=form.maps, signed=form.signed, interpreted=device.type == "cpu"
     )

@@ -22,11 +22,13 @@ from ..errors import InputError
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
 from .gradient_moments_shared import OPERAND_FIELDS, PROBLEM_FIELDS, USE_FIELDS
-from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, Tile, depthwise_tile, tile_for
+from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, WGMMA_TILE, Tile, depthwise_tile, tile_for
 from .gradient_moments_windows import moments_of_windows
 from .launch import power_of_two
 
 FEW_GROUPS = 3
+WGMMA = "wgmma"
+"""In place of a Triton kernel: the CUDA C++ one."""
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 Rows = NDArray[np.int64]
 MOST_TILE_BYTES = 60 * 2**20
@@ -94,6 +96,16 @@ class Form:
     maps: bool
     signed: bool
 
+    @property
+    def of_lines(self) -> bool:
+        """Whether the kernel takes linear weights used once and counts in units, rather than windows."""
+        return self.kernel is moments_of_tiles or self.kernel is WGMMA
+
+    @property
+    def sums(self) -> int:
+        """How many rows of sums a tile has: with wgmma one for each half, which a warpgroup of its own works on."""
+        return 2 if self.kernel is WGMMA else 1
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -101,6 +113,7 @@ class Layout:
 
     form: Form
     tiles: int
+    """Rows of sums: one a tile, or `form.sums`."""
     steps: int
     """Chunks of rows that a tile takes, for the order of tiles."""
     problem: Rows
@@ -113,17 +126,20 @@ class Layout:
     """The type of each operand, a number in TYPES."""
 
 
-def layout_of(weight: Weight, architecture: int, tile: Tile | None = None) -> Layout:
+def layout_of(weight: Weight, architecture: int, tile: Tile | None = None, *, wgmma: bool = False) -> Layout:
     """Returns the layout of a weight for a compute capability times ten (0: interpreted), with the committed tile.
+
+    With `wgmma`, weights that the CUDA C++ kernel takes have its form: 16-bit operands whose pointers, widths and
+    strides are multiples of 16 bytes, moments of |g| alone.
 
     Raises InputError for a tensor with an element 2^31 or more away from its sample's first, or such a weight (2^29
     where signed moments or maps are asked for in two or three groups).
     """
     _check_extent(weight)
-    form = _form_of(weight, architecture)
+    form = _form_of(weight, architecture, wgmma)
     if tile is not None:
         form = replace(form, tile=tile)
-    in_plane = -(-weight.height // form.tile.rows) * -(-weight.width // form.tile.columns)
+    in_plane = -(-weight.height // form.tile.rows) * -(-weight.width // form.tile.columns) * form.sums
     if in_plane * weight.planes * tile_bytes(form.signed) > MOST_TILE_BYTES:
         raise InputError(
             f"expected a weight whose sums of tiles fit 60 MiB, got [{weight.height}, {weight.width}] with signed = "
@@ -169,7 +185,7 @@ def _kind(weight: Weight) -> str:
     return TF32 if weight.tf32 else IEEE
 
 
-def _form_of(weight: Weight, architecture: int) -> Form:
+def _form_of(weight: Weight, architecture: int, wgmma: bool) -> Form:
     a, d = weight.inputs[0], weight.output_grads[0]
     linear = (weight.kernel, weight.stride, weight.padding) == ((1, 1), (1, 1), (0, 0)) and weight.channel_groups == 1
     rows_in_line = a.shape[2] == d.shape[2] == 1
@@ -182,6 +198,9 @@ def _form_of(weight: Weight, architecture: int) -> Form:
     else:
         kernel = moments_of_windows if windows else moments_of_tiles
         tile = tile_for(architecture, kind, windows=windows, unit=unit, signed=weight.signed, maps=weight.maps)
+    plain = kernel is moments_of_tiles and kind == HALF and unit == 8 and not weight.signed and not weight.maps
+    if wgmma and plain and d.shape[3] > 0:
+        kernel, tile = WGMMA, WGMMA_TILE
     return _form(kernel, tile, a.dtype, d.dtype, kind, unit, weight.maps, weight.signed)
 
 
@@ -214,7 +233,7 @@ def _loop(weight: Weight) -> tuple[int, int, int]:
 
 def _problem(weight: Weight, form: Form, in_plane: int) -> list[int]:
     group_size = len(weight.inputs[0]) // weight.groups
-    in_group = _loop(weight)[0] if form.kernel is moments_of_tiles else group_size
+    in_group = _loop(weight)[0] if form.of_lines else group_size
     first_use = first_tile = slot = maps_at = 0
     return [
         weight.height // form.unit,
@@ -245,7 +264,7 @@ def _uses(weight: Weight, form: Form) -> list[list[int]]:
     rows = []
     for a, d in zip(weight.inputs, weight.output_grads, strict=True):
         count, joined, bytes_to_unit = d.shape[2] * d.shape[3], 1, 1
-        if form.kernel is moments_of_tiles:
+        if form.of_lines:
             _, count, joined = _loop(weight)
             bytes_to_unit = form.unit * a.element_size()
         numbers = []

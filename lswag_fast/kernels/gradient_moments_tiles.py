@@ -77,6 +77,9 @@ SMALL_NARROW_TILE = Tile(64, 64, 32, 8, 2, 1)
 SIGNED_HALF_TILE = Tile(64, 128, 64, 8, 3, 1)
 """For compute capability 9.0 and newer, where signed moments are asked for and maps are not."""
 
+WGMMA_TILE = Tile(128, 128, 64, 12, 7, 1)
+"""Of the CUDA C++ kernel (csrc/cuda/gradient_moments.cuh), whose code has these numbers; 4 of the warps copy."""
+
 DEPTHWISE_TILES = {
     IEEE: {16: Tile(4, 16, 32, 4, 1, 2), 32: Tile(2, 32, 32, 4, 1, 2)},
     FLOAT64: {16: Tile(2, 16, 32, 4, 1, 2), 32: Tile(1, 32, 32, 4, 1, 2)},

@@ -110,7 +110,8 @@ def gradient_moments(
     size S * O * I is stored. A Zen 5 core reaches 155 to 190 GFLOP/s in float32 and 285 to 345 in bfloat16 on the
     layers of AutoFormer-Tiny, 0.7 to 0.8 of what the inner product alone does (`bench/bench_gradient_moments.py`).
 
-    On a CUDA device the Triton kernel computes it (`gradient_moments_grouped` for many weights in one launch). There,
+    On a CUDA device a Triton kernel computes it, or with LSWAG_BACKEND=cuda on a Hopper GPU one in CUDA C++
+    (`gradient_moments_grouped` for many weights in one launch, and which weights that takes). There,
     deviations are float32, but gradients, means and deviations float64 for two or three groups that are not bfloat16;
     gradients themselves, not operands, are scaled, so that products below 1e-38 are lost.
 
@@ -132,7 +133,7 @@ def gradient_moments(
     a, d, count, shape = checked(inputs, output_grads, groups, convolution)
     if weight is not None:
         weight = _checked_weight(weight, shape, signed, a[0].device.type)
-    if backends.implementation("gradient_moments", a[0].device.type) == "triton":
+    if backends.implementation("gradient_moments", a[0].device.type) in ("triton", "cuda"):
         from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
 
         return gradient_moments_grouped([MomentProblem(a, d, count, convolution, signed=signed, maps=maps)])[0]

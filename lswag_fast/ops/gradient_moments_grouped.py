@@ -113,7 +113,10 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     """Starts the moments of every problem on the device of their tensors, without waiting for any.
 
     On a CUDA device all problems share one launch for each way to read operands (dtype, alignment, convolution), on the
-    current stream; a problem's result has the same bits whatever shares it. Device memory beyond operands and maps is
+    current stream; a problem's result has the same bits whatever shares it. With LSWAG_BACKEND=cuda, a Hopper GPU takes
+    the CUDA C++ kernel (csrc/cuda/gradient_moments.cuh) for 16-bit operands of linear weights used once, whose widths,
+    strides and addresses are multiples of 16 bytes, where neither signed moments nor maps are asked for, nor two or
+    three groups in float16; its sums differ from Triton's in the last bits. Device memory beyond operands and maps is
     about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so (88 where signed), and copies of operands whose
     tokens span several dimensions that cannot be merged. A CUDA graph can capture it, once a launch of the same layouts
     has been made outside one; `sums` then holds the results of its last replay. On the CPU everything is computed
@@ -126,8 +129,10 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
         return PendingMoments([], [])
     given = [(_tensors("inputs", p.inputs), _tensors("output_grads", p.output_grads)) for p in problems]
     device = given[0][0][0].device
-    if backends.implementation("gradient_moments", device.type) == "triton":
-        launchable = [_problem(p, *operands) for p, operands in zip(problems, given, strict=True)]
+    implementation = backends.implementation("gradient_moments", device.type)
+    if implementation in ("triton", "cuda"):
+        wgmma = implementation == "cuda" and _has_wgmma(device)
+        launchable = [_problem(p, *operands, wgmma) for p, operands in zip(problems, given, strict=True)]
         _check_one_device(device, [p.weight.operands[0] for p in launchable])
         return PendingMoments(launchable, [])
     taken = [checked(*operands, p.groups, p.convolution) for p, operands in zip(problems, given, strict=True)]
@@ -181,17 +186,23 @@ def _check_one_device(device: torch.device, tensors: Sequence[Tensor]) -> None:
             raise InputError(f"expected all problems on one device, got {device} and {tensor.device}")
 
 
-def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor]) -> _Problem:
+def _has_wgmma(device: torch.device) -> bool:
+    from ..kernels.gradient_moments_launch import has_wgmma
+
+    return has_wgmma(device)
+
+
+def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool) -> _Problem:
     """Returns a problem as it is launched; it is checked where none with operands of these layouts has been."""
     from ..kernels.gradient_moments_launch import Placed
 
     layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % _ALIGNMENT, t.device) for t in (*a, *d)]
-    key = (len(a), *layouts, problem.groups, problem.convolution, problem.signed, problem.maps, problem.tf32)
+    key = (len(a), *layouts, problem.groups, problem.convolution, problem.signed, problem.maps, problem.tf32, wgmma)
     kind = _KINDS.get(key)
     if kind is None:
         if len(_KINDS) >= _MOST_KINDS:
             _KINDS.clear()
-        kind = _KINDS[key] = _kind(problem, a, d)
+        kind = _KINDS[key] = _kind(problem, a, d, wgmma)
     operands = [t for pair in zip(a, d, strict=True) for t in pair]
     if kind.copied:
         operands = [_line(t, None) for t in operands]
@@ -202,7 +213,7 @@ def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor]) -> _Probl
     return _Problem(kind, Placed(kind.layout, operands, maps))
 
 
-def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor]) -> _Kind:
+def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool) -> _Kind:
     """Checks a problem and works out what its layouts say of it."""
     from ..kernels.gradient_moments_launch import architecture_of
     from ..kernels.gradient_moments_layout import Weight, layout_of
@@ -227,7 +238,7 @@ def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor]) -> _Kind:
         signed=problem.signed,
         maps=problem.maps,
     )
-    layout = layout_of(weight, architecture_of(a[0].device))
+    layout = layout_of(weight, architecture_of(a[0].device), wgmma=wgmma)
     return _Kind(layout, shape, groups, len(a[0]) // groups, copied)
 
 

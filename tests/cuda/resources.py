@@ -7,6 +7,7 @@ with --write, writes it to resources.json instead, which the tests compare with 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -52,7 +53,26 @@ def compiled(source: Path, folder: Path) -> str:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert output.stat().st_size > 0
+    # C7500 and on: products that wait for one another, registers that were not handed over.
+    assert "(C75" not in run.stderr + run.stdout, run.stderr
     return run.stderr + run.stdout
+
+
+def instructions(source: Path, folder: Path) -> list[str] | None:
+    """Returns the machine code of a source for sm_90a, a string a kernel; None without a disassembler."""
+    compiler, disassembler = nvcc(), shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if disassembler is None and triton is not None and triton.origin is not None:
+        disassembler = shutil.which(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if compiler is None or disassembler is None:
+        return None
+    output = folder / f"{source.stem}.cubin"
+    includes = [f"-I{REPOSITORY / 'csrc' / part}" for part in ("include", "cpu")]
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-std=c++17", "-O3", "-DLSWAG_ISA=gpu"]
+    subprocess.run([compiler, *target, *includes, "-o", str(output), str(source)], check=True)
+    command = [disassembler, "-sass", str(output)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.split(r"\n\s*Function : ", text)[1:]
 
 
 def demangled(names: list[str]) -> list[str]:
