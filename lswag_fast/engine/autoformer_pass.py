@@ -156,7 +156,7 @@ class AutoFormerPass:
         deliver(position, self._pooled, grad, self._head)
         if first >= position:
             return
-        grad_pooled = grad @ self._head
+        grad_pooled = torch.matmul(grad, self._head)
         spread = torch.zeros_like(self._norm.normalised)
         spread[:, 1:] = (grad_pooled / (spread.shape[1] - 1)).unsqueeze(1)
         grad = self._norm.backward(spread)
@@ -171,15 +171,15 @@ class AutoFormerPass:
     def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, first: int) -> Tensor:
         """Returns the gradient at the input of a block, whose layers are 0 to 3; those below `first` are not needed."""
         deliver(3, block.post, grad, block.narrow)
-        grad_pre = activation_backward(grad @ block.narrow, block.pre, "gelu")
+        grad_pre = activation_backward(torch.matmul(grad, block.narrow), block.pre, "gelu")
         deliver(2, block.mlp_norm.normalised, grad_pre, block.widen)
         if first >= 2:
             return grad
-        grad = block.mlp_norm.backward(grad_pre @ block.widen, grad)
+        grad = block.mlp_norm.backward(torch.matmul(grad_pre, block.widen), grad)
         deliver(1, block.context.detach(), grad, block.projection)
-        (grad_qkv,) = torch.autograd.grad(block.context, block.qkv, grad @ block.projection)
+        (grad_qkv,) = torch.autograd.grad(block.context, block.qkv, torch.matmul(grad, block.projection))
         deliver(0, block.attention_norm.normalised, grad_qkv, block.query_weight)
-        return block.attention_norm.backward(grad_qkv @ block.query_weight, grad)
+        return block.attention_norm.backward(torch.matmul(grad_qkv, block.query_weight), grad)
 
 
 def _from(deliver: Deliver, position: int, layer: int, inputs: Tensor, output_grads: Tensor, operand: Tensor) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..capture import Activation, Layer, Plan
 from ..clock import Clock
 from ..errors import ScoreError
@@ -78,7 +79,8 @@ class PassStatistics:
         self._gradient_sums: dict[str, Tensor] = {}
         self._channels: dict[str, Tensor] = {}
         self._words: dict[int, Tensor] = {}
-        self._at_once = at_once
+        on_device = backends.implementation("gradient_moments", torch.device(options.device).type) == "triton"
+        self._at_once = at_once or not on_device
         self._problems: dict[str, MomentProblem] = {}
         self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
@@ -115,7 +117,7 @@ class PassStatistics:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
         signed = Need.SIGNED in self._needs
         with self._clock(Need.MOMENTS.name):
-            if inputs[0].device.type == "cpu" or self._at_once:
+            if self._at_once:
                 self._moments[layer.name] = gradient_moments(
                     inputs, output_grads, self._groups, convolution=convolution, signed=signed
                 )
