@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.gelu import activation_backward
 from ..ops.layer_norm import NormalisedSum
-from ..ops.relative_attention import relative_attention
+from ..ops.relative_attention import RelativeAttention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 
 LAYERS_BEFORE = 1
@@ -75,8 +75,7 @@ class _Block:
 
     attention_norm: NormalisedSum
     query_weight: Tensor
-    qkv: Tensor  # a leaf of autograd, which is used for the attention alone
-    context: Tensor
+    attention: RelativeAttention
     projection: Tensor
     mlp_norm: NormalisedSum
     widen: Tensor
@@ -129,20 +128,19 @@ class AutoFormerPass:
         inner = HEAD_DIM * heads
         attention_norm = NormalisedSum.of(x, change, *weights.norm(name + "attn_layer_norm", embed))
         query_weight, query_bias = weights.queries(name + "attn.qkv", 3 * inner, embed)
-        with torch.enable_grad():
-            qkv = F.linear(attention_norm.normalised, query_weight, query_bias).detach().requires_grad_()
-            context = relative_attention(
-                qkv, weights.tables(name, "k"), weights.tables(name, "v"), heads=heads, grid=self._grid
-            )
+        qkv = F.linear(attention_norm.normalised, query_weight, query_bias)
+        attention = RelativeAttention.of(
+            qkv, weights.tables(name, "k"), weights.tables(name, "v"), heads=heads, grid=self._grid
+        )
         projection, bias = weights.linear(name + "attn.proj", embed, inner)
-        change = F.linear(context.detach(), projection, bias)
+        change = F.linear(attention.output, projection, bias)
         mlp_norm = NormalisedSum.of(attention_norm.total, change, *weights.norm(name + "ffn_layer_norm", embed))
         widen, bias = weights.linear(name + "fc1", hidden, embed)
         pre = F.linear(mlp_norm.normalised, widen, bias)
         post = activate(number, pre)
         narrow, bias = weights.linear(name + "fc2", embed, hidden)
         self._blocks.append(
-            _Block(attention_norm, query_weight, qkv, context, projection, mlp_norm, widen, pre, post, narrow)
+            _Block(attention_norm, query_weight, attention, projection, mlp_norm, widen, pre, post, narrow)
         )
         return mlp_norm.total, F.linear(post, narrow, bias)
 
@@ -176,8 +174,8 @@ class AutoFormerPass:
         if first >= 2:
             return grad
         grad = block.mlp_norm.backward(torch.matmul(grad_pre, block.widen), grad)
-        deliver(1, block.context.detach(), grad, block.projection)
-        (grad_qkv,) = torch.autograd.grad(block.context, block.qkv, torch.matmul(grad, block.projection))
+        deliver(1, block.attention.output, grad, block.projection)
+        grad_qkv = block.attention.backward(torch.matmul(grad, block.projection))
         deliver(0, block.attention_norm.normalised, grad_qkv, block.query_weight)
         return block.attention_norm.backward(torch.matmul(grad_qkv, block.query_weight), grad)
 
