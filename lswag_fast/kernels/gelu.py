@@ -72,7 +72,7 @@ def backward(gradient: Tensor, saved: Tensor, kind: str) -> Tensor:
 @lru_cache(MOST_LAUNCHES)
 def _launch(count: int, kind: str, _dtype: torch.dtype, device: torch.device) -> Launch:
     arguments = {"count": count, "KIND": kind, "BLOCK": BLOCK}
-    return Launch(backward_kernel, triton.cdiv(count, BLOCK), device, arguments)
+    return Launch(backward_kernel, device, arguments, triton.cdiv(count, BLOCK))
 
 
 def variants() -> Iterator[Variant]:

@@ -157,7 +157,7 @@ def _forward_launch(
     tile = _tile(columns)
     arguments = {"eps": eps, "rows": rows, "columns": columns, **tile}
     arguments |= dict(zip(("RESIDUAL", "WEIGHT", "BIAS"), given, strict=True))
-    return Launch(forward_kernel, triton.cdiv(rows, tile["ROWS"]), device, arguments)
+    return Launch(forward_kernel, device, arguments, triton.cdiv(rows, tile["ROWS"]))
 
 
 def backward(
@@ -197,7 +197,7 @@ def _backward_launch(
     programs = triton.cdiv(count, tiles)
     arguments = {"rows": rows, "columns": columns, "TILES": tiles, **tile}
     arguments |= dict(zip(("RESIDUAL", "WEIGHT", "PARAMETERS"), given, strict=True))
-    return Launch(backward_kernel, programs, device, arguments), programs
+    return Launch(backward_kernel, device, arguments, programs), programs
 
 
 def variants() -> Iterator[Variant]:

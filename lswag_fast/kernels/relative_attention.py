@@ -197,7 +197,7 @@ def _launch(
         "token_stride": token_stride,
     }
     programs = samples * heads * triton.cdiv(constants["T"], chosen["BM"])
-    return Launch(forward_kernel, programs, device, {**numbers, **constants, **chosen}), constants["PLACES"]
+    return Launch(forward_kernel, device, {**numbers, **constants, **chosen}, programs), constants["PLACES"]
 
 
 def variants() -> Iterator[Variant]:

@@ -291,12 +291,13 @@ def _launches(
     }
     of_queries, of_keys = queries_blocks(dtype, places), keys_blocks(dtype, places)
     programs = samples * heads * triton.cdiv(constants["T"], of_queries["BM"])
-    queries = Launch(queries_kernel, programs, device, {**numbers, **constants, "TABLES": with_tables, **of_queries})
+    queries = Launch(queries_kernel, device, {**numbers, **constants, "TABLES": with_tables, **of_queries}, programs)
+    constants_of_keys = {name: constants[name] for name in ("T", "PLACES", "D")}
     keys = Launch(
         keys_kernel,
-        samples * heads * triton.cdiv(constants["T"], of_keys["BN"]),
         device,
-        {**numbers, **{name: constants[name] for name in ("T", "PLACES", "D")}, **of_keys},
+        {**numbers, **constants_of_keys, **of_keys},
+        samples * heads * triton.cdiv(constants["T"], of_keys["BN"]),
     )
     return _Launches(queries, keys, programs, places, constants["SLOTS"])
 

@@ -51,7 +51,7 @@ def current(monkeypatch):
 
 
 def made(kernel, device="cpu"):
-    return Launch(kernel, 5, torch.device(device), {"BLOCK": 64, "num_warps": 4, "count": 9})
+    return Launch(kernel, torch.device(device), {"BLOCK": 64, "num_warps": 4, "count": 9}, programs=5)
 
 
 def test_the_first_launch_is_tritons_and_the_others_are_direct(current):
@@ -60,7 +60,7 @@ def test_the_first_launch_is_tritons_and_the_others_are_direct(current):
     start(a, b)
     start(c, d)
     start(b, a)
-    assert kernel.calls == [((5,), (a, b), {"BLOCK": 64, "num_warps": 4, "count": 9})]
+    assert kernel.calls == [((5, 1), (a, b), {"BLOCK": 64, "num_warps": 4, "count": 9})]
     fixed = (5, 1, 1, 100, 7, ("metadata",), None, None, None)
     # Numbers and constants follow the pointers in the order of the kernel's signature.
     assert kernel.started == [
@@ -118,3 +118,12 @@ def test_another_current_device_is_left_to_triton(current, monkeypatch):
     current["number"] = 1
     start(a, b)
     assert kernel.started[0][3] == 101
+
+
+def test_grids_and_numbers_may_differ(current):
+    kernel, (a, b) = Kernel(), torch.zeros(2, 16)
+    launch = Launch(kernel, torch.device("cpu"), {"BLOCK": 64})
+    launch.start((2, 3), (a, b), (1,))
+    launch.start((4, 5), (b, a), (6,))
+    assert kernel.calls == [((2, 3), (a, b, 1), {"BLOCK": 64})]
+    assert kernel.started == [(4, 5, 1, 100, 7, ("metadata",), None, None, None, b.data_ptr(), a.data_ptr(), 6, 64)]
