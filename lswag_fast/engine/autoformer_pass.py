@@ -32,6 +32,17 @@ Deliver = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
+class EndWeights:
+    """The slices before and after the blocks that an embedding takes."""
+
+    patches: Pair
+    class_token: Tensor
+    positions: Tensor
+    norm: Pair
+    head: Pair
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """The slices that a block of one embedding, number of heads and ratio takes."""
 
@@ -53,7 +64,21 @@ class Weights:
         patches = "patch_embed_super.proj.weight"
         self._parameters = {**parameters, patches: parameters[patches].flatten(1)}
         self._query_weights: dict[tuple[str, int, int], Tensor] = {}
+        self._ends: dict[int, EndWeights] = {}
         self._blocks: dict[tuple[int, int, int, float], BlockWeights] = {}
+
+    def ends(self, embed: int) -> EndWeights:
+        """Returns the slices before and after the blocks, made once for an embedding."""
+        if embed not in self._ends:
+            patches, head = "patch_embed_super.proj", "head"
+            self._ends[embed] = EndWeights(
+                patches=self.linear(patches, embed, self._parameters[patches + ".weight"].shape[1]),
+                class_token=self.token("cls_token", embed),
+                positions=self.token("pos_embed", embed),
+                norm=self.norm("norm", embed),
+                head=self.linear(head, self._parameters[head + ".weight"].shape[0], embed),
+            )
+        return self._ends[embed]
 
     def block(self, number: int, embed: int, heads: int, ratio: float) -> BlockWeights:
         """Returns the slices of a block, made once: candidates take the same few again and again."""
@@ -124,33 +149,30 @@ class AutoFormerPass:
         arch: a canonical candidate.
         patches: [S, patches, 3 * size * size], of which the patch convolution is a linear map.
         grid: rows and columns of patches.
-        classes: of the head.
     """
 
-    def __init__(
-        self, weights: Weights, arch: Mapping[str, Any], patches: Tensor, grid: tuple[int, int], classes: int
-    ) -> None:
+    def __init__(self, weights: Weights, arch: Mapping[str, Any], patches: Tensor, grid: tuple[int, int]) -> None:
         self._weights = weights
         self._arch = arch
         self._embed: int = arch["embed_dim"]
         self._patches = patches
         self._grid = grid
         self._blocks: list[_Block] = []
-        self._head, self._head_bias = weights.linear("head", classes, self._embed)
+        self._ends = weights.ends(self._embed)
 
     @torch.no_grad()
     def forward(self, activate: Activate) -> Tensor:
         """Returns the logits [S, classes]."""
-        embed, weights = self._embed, self._weights
-        tokens = F.linear(self._patches, *weights.linear("patch_embed_super.proj", embed, self._patches.shape[2]))
-        start = weights.token("cls_token", embed).expand(len(tokens), -1, -1)
-        x = torch.cat((start, tokens), dim=1) + weights.token("pos_embed", embed)
+        embed, weights, ends = self._embed, self._weights, self._ends
+        tokens = F.linear(self._patches, *ends.patches)
+        start = ends.class_token.expand(tokens.shape[0], -1, -1)
+        x = torch.cat((start, tokens), dim=1) + ends.positions
         change: Tensor | None = None
         for number, choice in enumerate(zip(self._arch["num_heads"], self._arch["mlp_ratio"], strict=True)):
             x, change = self._block(number, x, change, weights.block(number, embed, *choice), activate)
-        self._norm = NormalisedSum.of(x, change, *weights.norm("norm", embed))
+        self._norm = NormalisedSum.of(x, change, *ends.norm)
         self._pooled = self._norm.normalised[:, 1:].mean(dim=1)
-        return F.linear(self._pooled, self._head, self._head_bias)
+        return F.linear(self._pooled, *ends.head)
 
     def _block(
         self, number: int, x: Tensor, change: Tensor | None, weights: BlockWeights, activate: Activate
@@ -175,10 +197,11 @@ class AutoFormerPass:
         Frees what a block kept as soon as it is through, so that it can run once.
         """
         position = LAYERS_BEFORE + LAYERS_A_BLOCK * len(self._blocks)
-        deliver(position, self._pooled, grad, self._head)
+        head = self._ends.head[0]
+        deliver(position, self._pooled, grad, head)
         if first >= position:
             return
-        grad_pooled = torch.matmul(grad, self._head)
+        grad_pooled = torch.matmul(grad, head)
         spread = torch.zeros_like(self._norm.normalised)
         spread[:, 1:] = (grad_pooled / (spread.shape[1] - 1)).unsqueeze(1)
         grad = self._norm.backward(spread)
@@ -186,8 +209,7 @@ class AutoFormerPass:
             position -= LAYERS_A_BLOCK
             grad = self._backward_of(self._blocks.pop(), grad, deliver, position, first)
         if first < LAYERS_BEFORE:
-            patches = self._weights.view("patch_embed_super.proj.weight", self._embed, self._patches.shape[2])
-            deliver(0, self._patches, grad[:, 1:], patches)
+            deliver(0, self._patches, grad[:, 1:], self._ends.patches[0])
 
     @staticmethod
     def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, position: int, first: int) -> Tensor:

@@ -76,12 +76,12 @@ def relative_attention(
     return output
 
 
-@dataclass(frozen=True)
+@dataclass
 class RelativeAttention:
     """`relative_attention` with what its gradient in `qkv` needs; where it runs natively no graph is kept."""
 
     output: Tensor  # [S, T, H*D]
-    _gradient: Callable[[Tensor], Tensor]
+    _gradient: Callable[[Tensor], Tensor] | None
 
     @staticmethod
     def of(
@@ -108,8 +108,10 @@ class RelativeAttention:
         return RelativeAttention(output, lambda grad_output: gradient(grad_output)[0])
 
     def backward(self, grad_output: Tensor) -> Tensor:
-        """Returns the gradient at `qkv`, from that at `output`."""
-        return self._gradient(grad_output)
+        """Returns the gradient at `qkv`, from that at `output`, and frees what it takes: it runs once."""
+        gradient, self._gradient = self._gradient, None
+        assert gradient is not None, "the gradient has been taken"
+        return gradient(grad_output)
 
 
 def relative_attention_torch(
