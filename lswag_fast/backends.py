@@ -82,15 +82,15 @@ def implementation(op: str, device: str) -> str | None:
     takes CPU tensors under TRITON_INTERPRET=1, and then only where it is preferred. Raises InputError for another name.
     """
     preferred = _preferred.get() or os.environ.get("LSWAG_BACKEND") or "auto"
-    return _implementation(op, device, preferred, os.environ.get("TRITON_INTERPRET") == "1")
+    interpreted = preferred == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _implementation(op, device, preferred, interpreted)
 
 
 @cache
-def _implementation(op: str, device: str, preferred: str, interpreting: bool) -> str | None:
+def _implementation(op: str, device: str, preferred: str, interpreted: bool) -> str | None:
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     if preferred not in ("auto", *known):
         raise InputError(f"LSWAG_BACKEND must be auto or one of {', '.join(known)}, got {preferred!r}")
-    interpreted = interpreting and preferred == "triton"
     devices = {"cpp": ["cpu"], "cuda": ["cuda"], "triton": ["cuda", "cpu"] if interpreted else ["cuda"]}
     fitting = [name for name in IMPLEMENTATIONS[op] if device in devices.get(name, [device])]
     return preferred if preferred in fitting else next(iter(fitting), None)

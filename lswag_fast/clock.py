@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -28,12 +28,12 @@ class Clock:
         self._labels = [""]
         self._marks: list[tuple[str, Any]] = []
 
-    @contextmanager
-    def __call__(self, label: str) -> Iterator[None]:
+    def __call__(self, label: str) -> AbstractContextManager[None]:
         """Counts what runs inside under `label`."""
-        if not self._running:
-            yield
-            return
+        return self._stretch(label) if self._running else nullcontext()
+
+    @contextmanager
+    def _stretch(self, label: str) -> Iterator[None]:
         self._labels.append(label)
         self._mark()
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ class AutoFormerEngine:
     ) -> None:
         self._supernet, self._space = supernet, supernet.space
         self._options = options
+        self._device = torch.device(options.device)
         dtype: torch.dtype = getattr(torch, options.dtype)
         sizes = supernet.space.options
         side = sizes["image_size"] // sizes["patch_size"]
@@ -80,7 +82,7 @@ class AutoFormerEngine:
         clock = clock_of(self._options)
         plan = self._plan(arch)
         statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
-        with random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
+        with _current(self._device), random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses = self._run(arch, plan, statistics, clock)
             statistics.launch(losses)
@@ -96,7 +98,7 @@ class AutoFormerEngine:
             if plan.layers[position].kept:
                 statistics.weight(plan.layers[position], [inputs], [output_grads], None, operand)
 
-        candidate = AutoFormerPass(self._weights, arch, self._patches, self._grid, self._classes)
+        candidate = AutoFormerPass(self._weights, arch, self._patches, self._grid)
         with clock("forward"):
             logits = candidate.forward(activate).requires_grad_()
         with torch.enable_grad():
@@ -155,6 +157,11 @@ def engine_for(
     if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters or Need.OUTPUTS in options.needs():
         return None
     return AutoFormerEngine(supernet, images, labels, loss, options)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one, so that no launch has to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _layer(name: str, numel: int, position: int) -> Layer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +16,45 @@ from torch import Tensor
 
 from ..ops.gelu import activation_backward
 from ..ops.layer_norm import NormalisedSum
-from ..ops.relative_attention import relative_attention
+from ..ops.relative_attention import RelativeAttention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 
 LAYERS_BEFORE = 1
 LAYERS_A_BLOCK = 4
 """The patch kernel comes first; each block has qkv, proj, fc1 and fc2, and then comes the head."""
 
+Pair = tuple[Tensor, Tensor]
+"""Weight and bias, or the vertical and the horizontal table."""
 Activate = Callable[[int, Tensor], Tensor]
 """(number of the block, pre-activation [S, T, hidden]) -> GELU of it."""
 Deliver = Callable[[int, Tensor, Tensor, Tensor], None]
 """(position of the layer, its inputs [S, ..., I], the gradients at its outputs [S, ..., O], its weight [O, I])."""
+
+
+@dataclass(frozen=True)
+class EndWeights:
+    """The slices before and after the blocks that an embedding takes."""
+
+    patches: Pair
+    class_token: Tensor
+    positions: Tensor
+    norm: Pair
+    head: Pair
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """The slices that a block of one embedding, number of heads and ratio takes."""
+
+    heads: int
+    attention_norm: Pair
+    queries: Pair
+    key_tables: Pair
+    value_tables: Pair
+    projection: Pair
+    mlp_norm: Pair
+    widen: Pair
+    narrow: Pair
 
 
 class Weights:
@@ -37,6 +64,39 @@ class Weights:
         patches = "patch_embed_super.proj.weight"
         self._parameters = {**parameters, patches: parameters[patches].flatten(1)}
         self._query_weights: dict[tuple[str, int, int], Tensor] = {}
+        self._ends: dict[int, EndWeights] = {}
+        self._blocks: dict[tuple[int, int, int, float], BlockWeights] = {}
+
+    def ends(self, embed: int) -> EndWeights:
+        """Returns the slices before and after the blocks, made once for an embedding."""
+        if embed not in self._ends:
+            patches, head = "patch_embed_super.proj", "head"
+            self._ends[embed] = EndWeights(
+                patches=self.linear(patches, embed, self._parameters[patches + ".weight"].shape[1]),
+                class_token=self.token("cls_token", embed),
+                positions=self.token("pos_embed", embed),
+                norm=self.norm("norm", embed),
+                head=self.linear(head, self._parameters[head + ".weight"].shape[0], embed),
+            )
+        return self._ends[embed]
+
+    def block(self, number: int, embed: int, heads: int, ratio: float) -> BlockWeights:
+        """Returns the slices of a block, made once: candidates take the same few again and again."""
+        key = (number, embed, heads, ratio)
+        if key not in self._blocks:
+            name, inner, hidden = f"blocks.{number}.", HEAD_DIM * heads, mlp_width(embed, ratio)
+            self._blocks[key] = BlockWeights(
+                heads,
+                attention_norm=self.norm(name + "attn_layer_norm", embed),
+                queries=self.queries(name + "attn.qkv", 3 * inner, embed),
+                key_tables=self.tables(name, "k"),
+                value_tables=self.tables(name, "v"),
+                projection=self.linear(name + "attn.proj", embed, inner),
+                mlp_norm=self.norm(name + "ffn_layer_norm", embed),
+                widen=self.linear(name + "fc1", hidden, embed),
+                narrow=self.linear(name + "fc2", embed, hidden),
+            )
+        return self._blocks[key]
 
     def view(self, name: str, *shape: int) -> Tensor:
         """Returns the leading slice of this shape of a parameter, a view; every slice starts at 0 along every axis."""
@@ -69,20 +129,16 @@ class Weights:
         return self._parameters[name][..., :width]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Block:
     """What the forward pass of a block leaves for its backward pass."""
 
+    weights: BlockWeights
     attention_norm: NormalisedSum
-    query_weight: Tensor
-    qkv: Tensor  # a leaf of autograd, which is used for the attention alone
-    context: Tensor
-    projection: Tensor
+    attention: RelativeAttention
     mlp_norm: NormalisedSum
-    widen: Tensor
     pre: Tensor
     post: Tensor
-    narrow: Tensor
 
 
 class AutoFormerPass:
@@ -93,58 +149,46 @@ class AutoFormerPass:
         arch: a canonical candidate.
         patches: [S, patches, 3 * size * size], of which the patch convolution is a linear map.
         grid: rows and columns of patches.
-        classes: of the head.
     """
 
-    def __init__(
-        self, weights: Weights, arch: Mapping[str, Any], patches: Tensor, grid: tuple[int, int], classes: int
-    ) -> None:
+    def __init__(self, weights: Weights, arch: Mapping[str, Any], patches: Tensor, grid: tuple[int, int]) -> None:
         self._weights = weights
         self._arch = arch
         self._embed: int = arch["embed_dim"]
         self._patches = patches
         self._grid = grid
         self._blocks: list[_Block] = []
-        self._head, self._head_bias = weights.linear("head", classes, self._embed)
+        self._ends = weights.ends(self._embed)
 
     @torch.no_grad()
     def forward(self, activate: Activate) -> Tensor:
         """Returns the logits [S, classes]."""
-        embed, weights = self._embed, self._weights
-        tokens = F.linear(self._patches, *weights.linear("patch_embed_super.proj", embed, self._patches.shape[2]))
-        start = weights.token("cls_token", embed).expand(len(tokens), -1, -1)
-        x = torch.cat((start, tokens), dim=1) + weights.token("pos_embed", embed)
+        embed, weights, ends = self._embed, self._weights, self._ends
+        tokens = F.linear(self._patches, *ends.patches)
+        start = ends.class_token.expand(tokens.shape[0], -1, -1)
+        x = torch.cat((start, tokens), dim=1) + ends.positions
         change: Tensor | None = None
-        for number, (heads, ratio) in enumerate(zip(self._arch["num_heads"], self._arch["mlp_ratio"], strict=True)):
-            x, change = self._block(number, x, change, heads, mlp_width(embed, ratio), activate)
-        self._norm = NormalisedSum.of(x, change, *weights.norm("norm", embed))
+        for number, choice in enumerate(zip(self._arch["num_heads"], self._arch["mlp_ratio"], strict=True)):
+            x, change = self._block(number, x, change, weights.block(number, embed, *choice), activate)
+        self._norm = NormalisedSum.of(x, change, *ends.norm)
         self._pooled = self._norm.normalised[:, 1:].mean(dim=1)
-        return F.linear(self._pooled, self._head, self._head_bias)
+        return F.linear(self._pooled, *ends.head)
 
     def _block(
-        self, number: int, x: Tensor, change: Tensor | None, heads: int, hidden: int, activate: Activate
+        self, number: int, x: Tensor, change: Tensor | None, weights: BlockWeights, activate: Activate
     ) -> tuple[Tensor, Tensor]:
         """Takes the tokens as a sum yet to be made, and returns them so: a normalisation makes it on the way."""
-        name, embed, weights = f"blocks.{number}.", self._embed, self._weights
-        inner = HEAD_DIM * heads
-        attention_norm = NormalisedSum.of(x, change, *weights.norm(name + "attn_layer_norm", embed))
-        query_weight, query_bias = weights.queries(name + "attn.qkv", 3 * inner, embed)
-        with torch.enable_grad():
-            qkv = F.linear(attention_norm.normalised, query_weight, query_bias).detach().requires_grad_()
-            context = relative_attention(
-                qkv, weights.tables(name, "k"), weights.tables(name, "v"), heads=heads, grid=self._grid
-            )
-        projection, bias = weights.linear(name + "attn.proj", embed, inner)
-        change = F.linear(context.detach(), projection, bias)
-        mlp_norm = NormalisedSum.of(attention_norm.total, change, *weights.norm(name + "ffn_layer_norm", embed))
-        widen, bias = weights.linear(name + "fc1", hidden, embed)
-        pre = F.linear(mlp_norm.normalised, widen, bias)
-        post = activate(number, pre)
-        narrow, bias = weights.linear(name + "fc2", embed, hidden)
-        self._blocks.append(
-            _Block(attention_norm, query_weight, qkv, context, projection, mlp_norm, widen, pre, post, narrow)
+        attention_norm = NormalisedSum.of(x, change, *weights.attention_norm)
+        qkv = F.linear(attention_norm.normalised, *weights.queries)
+        attention = RelativeAttention.of(
+            qkv, weights.key_tables, weights.value_tables, heads=weights.heads, grid=self._grid
         )
-        return mlp_norm.total, F.linear(post, narrow, bias)
+        change = F.linear(attention.output, *weights.projection)
+        mlp_norm = NormalisedSum.of(attention_norm.total, change, *weights.mlp_norm)
+        pre = F.linear(mlp_norm.normalised, *weights.widen)
+        post = activate(number, pre)
+        self._blocks.append(_Block(weights, attention_norm, attention, mlp_norm, pre, post))
+        return mlp_norm.total, F.linear(post, *weights.narrow)
 
     @torch.no_grad()
     def backward(self, grad: Tensor, deliver: Deliver, first: int) -> None:
@@ -153,34 +197,32 @@ class AutoFormerPass:
         Frees what a block kept as soon as it is through, so that it can run once.
         """
         position = LAYERS_BEFORE + LAYERS_A_BLOCK * len(self._blocks)
-        deliver(position, self._pooled, grad, self._head)
+        head = self._ends.head[0]
+        deliver(position, self._pooled, grad, head)
         if first >= position:
             return
-        grad_pooled = grad @ self._head
+        grad_pooled = torch.matmul(grad, head)
         spread = torch.zeros_like(self._norm.normalised)
         spread[:, 1:] = (grad_pooled / (spread.shape[1] - 1)).unsqueeze(1)
         grad = self._norm.backward(spread)
         while self._blocks and first < position:
             position -= LAYERS_A_BLOCK
-            grad = self._backward_of(self._blocks.pop(), grad, partial(_from, deliver, position), first - position)
+            grad = self._backward_of(self._blocks.pop(), grad, deliver, position, first)
         if first < LAYERS_BEFORE:
-            patches = self._weights.view("patch_embed_super.proj.weight", self._embed, self._patches.shape[2])
-            deliver(0, self._patches, grad[:, 1:], patches)
+            deliver(0, self._patches, grad[:, 1:], self._ends.patches[0])
 
     @staticmethod
-    def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, first: int) -> Tensor:
-        """Returns the gradient at the input of a block, whose layers are 0 to 3; those below `first` are not needed."""
-        deliver(3, block.post, grad, block.narrow)
-        grad_pre = activation_backward(grad @ block.narrow, block.pre, "gelu")
-        deliver(2, block.mlp_norm.normalised, grad_pre, block.widen)
-        if first >= 2:
+    def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, position: int, first: int) -> Tensor:
+        """Returns the gradient at the input of a block whose layers begin at `position`; none below `first` counts."""
+        queries, projection = block.weights.queries[0], block.weights.projection[0]
+        widen, narrow = block.weights.widen[0], block.weights.narrow[0]
+        deliver(position + 3, block.post, grad, narrow)
+        grad_pre = activation_backward(torch.matmul(grad, narrow), block.pre, "gelu")
+        deliver(position + 2, block.mlp_norm.normalised, grad_pre, widen)
+        if first >= position + 2:
             return grad
-        grad = block.mlp_norm.backward(grad_pre @ block.widen, grad)
-        deliver(1, block.context.detach(), grad, block.projection)
-        (grad_qkv,) = torch.autograd.grad(block.context, block.qkv, grad @ block.projection)
-        deliver(0, block.attention_norm.normalised, grad_qkv, block.query_weight)
-        return block.attention_norm.backward(grad_qkv @ block.query_weight, grad)
-
-
-def _from(deliver: Deliver, position: int, layer: int, inputs: Tensor, output_grads: Tensor, operand: Tensor) -> None:
-    deliver(position + layer, inputs, output_grads, operand)
+        grad = block.mlp_norm.backward(torch.matmul(grad_pre, widen), grad)
+        deliver(position + 1, block.attention.output, grad, projection)
+        grad_qkv = block.attention.backward(torch.matmul(grad, projection))
+        deliver(position, block.attention_norm.normalised, grad_qkv, queries)
+        return block.attention_norm.backward(torch.matmul(grad_qkv, queries), grad)

@@ -9,6 +9,7 @@ two thirds of that time, run beside it. A program has 1024 elements on 4 warps, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import narrow
-from .launch import on
+from .launch import MOST_LAUNCHES, Launch
 from .variant import Variant
 
 KINDS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
@@ -64,9 +65,14 @@ def backward(gradient: Tensor, saved: Tensor, kind: str) -> Tensor:
     result = torch.empty_like(saved)
     count = saved.numel()
     if count:
-        with on(saved.device):
-            backward_kernel[(triton.cdiv(count, BLOCK),)](gradient, saved, result, count, KIND=kind, BLOCK=BLOCK)
+        _launch(count, kind, saved.dtype, saved.device)(gradient, saved, result)
     return result
+
+
+@lru_cache(MOST_LAUNCHES)
+def _launch(count: int, kind: str, _dtype: torch.dtype, device: torch.device) -> Launch:
+    arguments = {"count": count, "KIND": kind, "BLOCK": BLOCK}
+    return Launch(backward_kernel, device, arguments, triton.cdiv(count, BLOCK))
 
 
 def variants() -> Iterator[Variant]:

@@ -39,6 +39,7 @@ from .gradient_moments_shared import (
 )
 from .gradient_moments_tiles import TILES, Tile
 from .gradient_moments_variants import MAGNITUDE_BLOCK, SUMS_BLOCK, constants_of, without_product
+from .launch import Launch
 
 SAMPLED_ELEMENTS = 1 << 16
 """Of an operand, for its scale: 0.1 to 2 % of what the moments read."""
@@ -119,9 +120,7 @@ def launch(weights: Sequence[Placed], *, every_element: bool = False) -> Launche
         memory = (problems, uses, ends, magnitudes, partials)
         for section in tables.sections:
             _work_through(section, memory, signed_partials, len(weights))
-        sums_of_tiles[(len(weights),)](
-            problems, magnitudes, partials, signed_partials, results, BLOCK=SUMS_BLOCK, SIGNED=signed, num_warps=4
-        )
+        _sums(signed, device).start((len(weights), 1), (problems, magnitudes, partials, signed_partials, results))
     return Launched(results, tables.everything_seen, (weights, on_device, partials, signed_partials))
 
 
@@ -220,20 +219,18 @@ def _operands(
 
 
 def _find_magnitudes(types: Sequence[int], operands: Tensor, magnitudes: Tensor) -> None:
-    begin = 0
-    for source, count in zip(TYPES.values(), types, strict=True):
+    begin, programs = 0, MAGNITUDE_PROGRAMS if operands.is_cuda else 1
+    for source, count in zip(TYPES, types, strict=True):
         if count:
-            largest_magnitudes[(count, MAGNITUDE_PROGRAMS if operands.is_cuda else 1)](
-                operands[begin * OPERAND_FIELDS.value :], magnitudes, SOURCE=source, **MAGNITUDE_BLOCK, num_warps=4
-            )
+            of_type = operands[begin * OPERAND_FIELDS.value :]
+            _magnitudes(source, operands.device).start((count, programs), (of_type, magnitudes))
         begin += count
 
 
 def _work_through(
     section: _Section, memory: tuple[Tensor, ...], signed_partials: Tensor | None, problem_count: int
 ) -> None:
-    form, tile = section.form, section.form.tile
-    device, source = memory[0].device, TYPES[form.a_type]
+    form, device = section.form, memory[0].device
     if form.kernel is WGMMA:
         problems, uses, ends, magnitudes, partials = memory
         half = form.a_type == torch.float16
@@ -241,6 +238,25 @@ def _work_through(
         stream = torch.cuda.current_stream(device).cuda_stream
         _C.cuda_grouped_moments(*tables, problem_count, section.first_tile, section.end_tile, half, stream)
         return
+    tensors = (*memory, signed_partials if form.signed else None)
+    programs = _programs(device, form.tile, section.end_tile - section.first_tile)
+    numbers = (problem_count, section.first_tile, section.end_tile)
+    _moments(form, device).start((programs, 1), tensors, numbers)
+
+
+@cache
+def _magnitudes(source: torch.dtype, device: torch.device) -> Launch:
+    return Launch(largest_magnitudes, device, {"SOURCE": TYPES[source], **MAGNITUDE_BLOCK, "num_warps": 4})
+
+
+@cache
+def _sums(signed: bool, device: torch.device) -> Launch:
+    return Launch(sums_of_tiles, device, {"BLOCK": SUMS_BLOCK, "SIGNED": signed, "num_warps": 4})
+
+
+@cache
+def _moments(form: Form, device: torch.device) -> Launch:
+    tile, source = form.tile, TYPES[form.a_type]
     options: dict[str, Any] = constants_of(
         tile, form.kind, source, maps=form.maps, signed=form.signed, interpreted=device.type == "cpu"
     )
@@ -250,13 +266,4 @@ def _work_through(
         options |= {"A_SOURCE": source, "D_SOURCE": TYPES[form.d_type]}
     if form.kernel is moments_of_depthwise:
         options = without_product(options)
-    form.kernel[(_programs(device, tile, section.end_tile - section.first_tile),)](
-        *memory,
-        signed_partials if form.signed else None,
-        problem_count,
-        section.first_tile,
-        section.end_tile,
-        **options,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    return Launch(form.kernel, device, {**options, "num_warps": tile.warps, "num_stages": tile.stages})

@@ -14,6 +14,7 @@ Statistics and sums are float32, two-pass: the row is there, so the squares are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import triton
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import narrow
-from .launch import on, power_of_two
+from .launch import MOST_LAUNCHES, Launch, power_of_two
 from .variant import Variant
 
 MOST_COLUMNS = 8192
@@ -135,32 +136,28 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x + residual (x itself without one), that normalised, and its statistics [2, rows], float32.
 
-    `x` [rows, columns] and `residual` are contiguous and of one dtype, as are `weight` and `bias` [columns].
+    `x` [..., columns] and `residual` are contiguous and of one dtype, as are `weight` and `bias` [columns].
     """
-    rows, columns = x.shape
+    columns = x.shape[-1]
+    rows = x.numel() // columns
     normalised = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    tile = _tile(columns)
     if rows:
-        with on(x.device):
-            forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                x,
-                residual,
-                weight,
-                bias,
-                total,
-                normalised,
-                statistics,
-                eps,
-                rows,
-                columns,
-                RESIDUAL=residual is not None,
-                WEIGHT=weight is not None,
-                BIAS=bias is not None,
-                **tile,
-            )
+        given = (residual is not None, weight is not None, bias is not None)
+        launch = _forward_launch(rows, columns, eps, given, x.dtype, x.device)
+        launch(x, residual, weight, bias, total, normalised, statistics)
     return total, normalised, statistics
+
+
+@lru_cache(MOST_LAUNCHES)
+def _forward_launch(
+    rows: int, columns: int, eps: float, given: tuple[bool, bool, bool], _dtype: torch.dtype, device: torch.device
+) -> Launch:
+    tile = _tile(columns)
+    arguments = {"eps": eps, "rows": rows, "columns": columns, **tile}
+    arguments |= dict(zip(("RESIDUAL", "WEIGHT", "BIAS"), given, strict=True))
+    return Launch(forward_kernel, device, arguments, triton.cdiv(rows, tile["ROWS"]))
 
 
 def backward(
@@ -175,35 +172,32 @@ def backward(
 
     Arguments as `forward` returned them; the gradients of its results are contiguous.
     """
-    rows, columns = total.shape
-    tile = _tile(columns)
-    count = triton.cdiv(rows, tile["ROWS"])
-    # Powers of two: few different kernels.
-    tiles = power_of_two(triton.cdiv(count, PARTS)) if with_parameters and rows else 1
-    programs = triton.cdiv(count, tiles) if rows else 0
+    columns = total.shape[-1]
+    rows = total.numel() // columns
     grad_x = torch.empty_like(total)
+    given = (grad_total is not None, weight is not None, with_parameters)
+    launch, programs = _backward_launch(rows, columns, given, total.dtype, total.device)
     parts = None
     if with_parameters:
         parts = torch.empty(programs, 2, columns, dtype=torch.float32, device=total.device)
     if programs:
-        with on(total.device):
-            backward_kernel[(programs,)](
-                total,
-                weight,
-                statistics,
-                grad_total,
-                grad_normalised,
-                grad_x,
-                parts,
-                rows,
-                columns,
-                RESIDUAL=grad_total is not None,
-                WEIGHT=weight is not None,
-                PARAMETERS=with_parameters,
-                TILES=tiles,
-                **tile,
-            )
+        launch(total, weight, statistics, grad_total, grad_normalised, grad_x, parts)
     return grad_x, None if parts is None else parts.sum(0)
+
+
+@lru_cache(MOST_LAUNCHES)
+def _backward_launch(
+    rows: int, columns: int, given: tuple[bool, bool, bool], _dtype: torch.dtype, device: torch.device
+) -> tuple[Launch, int]:
+    """Returns the launch and its programs."""
+    tile = _tile(columns)
+    count = triton.cdiv(rows, tile["ROWS"])
+    # Powers of two: few different kernels.
+    tiles = power_of_two(triton.cdiv(count, PARTS)) if given[2] and rows else 1
+    programs = triton.cdiv(count, tiles)
+    arguments = {"rows": rows, "columns": columns, "TILES": tiles, **tile}
+    arguments |= dict(zip(("RESIDUAL", "WEIGHT", "PARAMETERS"), given, strict=True))
+    return Launch(backward_kernel, device, arguments, programs), programs
 
 
 def variants() -> Iterator[Variant]:

@@ -23,6 +23,7 @@ multiplied without tensor cores, in 32 x 32 tiles: each thread holds its rows of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import multiply, narrow
-from .launch import on, power_of_two
+from .launch import MOST_LAUNCHES, Launch, power_of_two
 from .relative_places import by_place, by_slot, indicator, load_tables, load_tokens
 from .variant import Variant
 
@@ -167,25 +168,36 @@ def forward(
     samples, tokens, _ = qkv.shape
     out = torch.empty(samples, tokens, heads * HEAD_DIM, dtype=qkv.dtype, device=qkv.device)
     softmax = torch.empty(samples, heads, tokens, dtype=torch.float32, device=qkv.device)
-    constants = shape_constants(grid, tables[0].shape[0])
-    chosen = blocks(qkv.dtype, constants["PLACES"])
-    programs = samples * heads * triton.cdiv(tokens, chosen["BM"])
-    if programs:
-        with on(qkv.device):
-            forward_kernel[(programs,)](
-                qkv,
-                *tables,
-                indicator(grid, constants["PLACES"], qkv.dtype, qkv.device),
-                out,
-                softmax,
-                scale * LOG2_E,
-                heads,
-                qkv.stride(0),
-                qkv.stride(1),
-                **constants,
-                **chosen,
-            )
+    if samples:
+        given = (samples, heads, grid, tables[0].shape[0], scale, qkv.stride(0), qkv.stride(1))
+        launch, places = _launch(*given, qkv.dtype, qkv.device)
+        launch(qkv, *tables, indicator(grid, places, qkv.dtype, qkv.device), out, softmax)
     return out, softmax
+
+
+@lru_cache(MOST_LAUNCHES)
+def _launch(
+    samples: int,
+    heads: int,
+    grid: tuple[int, int],
+    table_rows: int,
+    scale: float,
+    sample_stride: int,
+    token_stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, int]:
+    """Returns the launch and the places of its indicator."""
+    constants = shape_constants(grid, table_rows)
+    chosen = blocks(dtype, constants["PLACES"])
+    numbers = {
+        "factor": scale * LOG2_E,
+        "heads": heads,
+        "sample_stride": sample_stride,
+        "token_stride": token_stride,
+    }
+    programs = samples * heads * triton.cdiv(constants["T"], chosen["BM"])
+    return Launch(forward_kernel, device, {**numbers, **constants, **chosen}, programs), constants["PLACES"]
 
 
 def variants() -> Iterator[Variant]:

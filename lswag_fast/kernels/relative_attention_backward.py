@@ -22,6 +22,8 @@ that takes gradients that are not below 1e-4 or so, which bfloat16 does not ask 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -29,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import multiply, narrow
-from .launch import on
+from .launch import MOST_LAUNCHES, Launch
 from .relative_attention import HEAD_DIM, LOG2_E, shape_constants
 from .relative_places import by_place, by_slot, indicator, load_tables, load_tokens
 from .variant import Variant
@@ -235,56 +237,69 @@ def backward(
     The other arguments are those of `forward` and what it returned; `grad_out` [S, T, H*D] is contiguous.
     """
     samples, tokens, width = qkv.shape
-    constants = shape_constants(grid, tables[0].shape[0])
-    slots, places = constants["SLOTS"], constants["PLACES"]
-    at_place = indicator(grid, places, qkv.dtype, qkv.device)
+    table_rows = tables[0].shape[0]
+    given = (samples, heads, grid, table_rows, scale, qkv.stride(0), qkv.stride(1), wanted[1], qkv.dtype, qkv.device)
+    launches = _launches(*given)
+    at_place = indicator(grid, launches.places, qkv.dtype, qkv.device)
     grad_qkv = torch.empty(samples, tokens, width, dtype=qkv.dtype, device=qkv.device)
-    of_places = torch.empty(samples, heads, tokens, 6 * places, dtype=qkv.dtype, device=qkv.device)
+    of_places = torch.empty(samples, heads, tokens, 6 * launches.places, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(softmax)
-    numbers = (scale, scale * LOG2_E, heads, qkv.stride(0), qkv.stride(1))
-    chosen = queries_blocks(qkv.dtype, places)
-    programs = samples * heads * triton.cdiv(tokens, chosen["BM"])
-    parts = torch.empty(programs if wanted[1] else 0, 2, 2, slots, HEAD_DIM, dtype=torch.float32, device=qkv.device)
-    with on(qkv.device):
-        if programs:
-            queries_kernel[(programs,)](
-                qkv,
-                *tables,
-                at_place,
-                out,
-                grad_out,
-                softmax,
-                grad_qkv,
-                of_places,
-                delta,
-                parts,
-                *numbers,
-                **constants,
-                TABLES=wanted[1],
-                **chosen,
-            )
-        chosen = keys_blocks(qkv.dtype, places)
-        programs = samples * heads * triton.cdiv(tokens, chosen["BN"])
-        if programs and wanted[0]:
-            keys_kernel[(programs,)](
-                qkv,
-                at_place,
-                grad_out,
-                softmax,
-                of_places,
-                delta,
-                grad_qkv,
-                *numbers,
-                T=tokens,
-                PLACES=places,
-                D=HEAD_DIM,
-                **chosen,
-            )
+    parts_shape = (launches.programs if wanted[1] else 0, 2, 2, launches.slots, HEAD_DIM)
+    parts = torch.empty(parts_shape, dtype=torch.float32, device=qkv.device)
+    if samples:
+        launches.queries(qkv, *tables, at_place, out, grad_out, softmax, grad_qkv, of_places, delta, parts)
+        if wanted[0]:
+            launches.keys(qkv, at_place, grad_out, softmax, of_places, delta, grad_qkv)
     grad_tables = None
     if wanted[1]:
-        total = parts.sum(0).to(qkv.dtype)[:, :, : tables[0].shape[0]]
+        total = parts.sum(0).to(qkv.dtype)[:, :, :table_rows]
         grad_tables = [total[0, 0], total[0, 1], total[1, 0], total[1, 1]]
     return grad_qkv if wanted[0] else None, grad_tables
+
+
+@dataclass(frozen=True)
+class _Launches:
+    queries: Launch
+    keys: Launch
+    programs: int
+    """Of the pass over queries."""
+    places: int
+    slots: int
+
+
+@lru_cache(MOST_LAUNCHES)
+def _launches(
+    samples: int,
+    heads: int,
+    grid: tuple[int, int],
+    table_rows: int,
+    scale: float,
+    sample_stride: int,
+    token_stride: int,
+    with_tables: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Launches:
+    constants = shape_constants(grid, table_rows)
+    places = constants["PLACES"]
+    numbers = {
+        "scale": scale,
+        "factor": scale * LOG2_E,
+        "heads": heads,
+        "sample_stride": sample_stride,
+        "token_stride": token_stride,
+    }
+    of_queries, of_keys = queries_blocks(dtype, places), keys_blocks(dtype, places)
+    programs = samples * heads * triton.cdiv(constants["T"], of_queries["BM"])
+    queries = Launch(queries_kernel, device, {**numbers, **constants, "TABLES": with_tables, **of_queries}, programs)
+    constants_of_keys = {name: constants[name] for name in ("T", "PLACES", "D")}
+    keys = Launch(
+        keys_kernel,
+        device,
+        {**numbers, **constants_of_keys, **of_keys},
+        samples * heads * triton.cdiv(constants["T"], of_keys["BN"]),
+    )
+    return _Launches(queries, keys, programs, places, constants["SLOTS"])
 
 
 def variants() -> Iterator[Variant]:

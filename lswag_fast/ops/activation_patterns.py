@@ -249,7 +249,7 @@ def _tensor(array: object, name: str) -> Tensor:
     if tensor.dtype not in _DTYPES:
         raise InputError(f"{name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}")
     _check_device(tensor.device, name)
-    if tensor.dim() == 0 or tensor.dim() > 8 or len(tensor) == 0:
+    if tensor.dim() == 0 or tensor.dim() > 8 or tensor.shape[0] == 0:
         raise InputError(f"{name} must be [S, ...] with S >= 1 and at most 8 axes, got {list(tensor.shape)}")
     return tensor
 
@@ -266,9 +266,10 @@ def _check_device(device: torch.device, name: str) -> None:
 
 
 def _sample_count(activation: Tensor, samples: int | None, first_sample: int) -> int:
-    count = len(activation) if samples is None else samples
-    if not 0 <= count <= len(activation):
-        raise InputError(f"samples must be from 0 to S = {len(activation)}, got {samples}")
+    whole = activation.shape[0]
+    count = whole if samples is None else samples
+    if not 0 <= count <= whole:
+        raise InputError(f"samples must be from 0 to S = {whole}, got {samples}")
     if first_sample < 0 or first_sample + count > MAX_SAMPLES:
         raise InputError(f"samples {first_sample} to {first_sample + count} are outside 0 to {MAX_SAMPLES}")
     return count
@@ -278,10 +279,10 @@ def _words_for(activation: Tensor, words: Tensor | None, first_sample: int, coun
     """Returns the words to write for `count` samples, and whether the kernel has to keep the bits they hold."""
     if words is not None and words.device != activation.device:
         raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
-    positions = activation[0].numel()
+    positions = activation.numel() // activation.shape[0]
     rows = words_per_pattern(first_sample + count)
     if words is None:
-        partly = first_sample > 0 or count < len(activation)
+        partly = first_sample > 0 or count < activation.shape[0]
         fresh = torch.zeros if partly else torch.empty
         return fresh(rows, positions, dtype=torch.int64, device=activation.device), partly
     if words.dtype != torch.int64 or words.dim() != 2 or words.shape[1] != positions or not words.is_contiguous():
@@ -299,12 +300,13 @@ def _checked_words(words: Sequence[Tensor], samples: int) -> list[Tensor]:
         raise InputError(f"samples must be from 1 to {MAX_SAMPLES}, got {samples}")
     words = [as_tensor(w, f"words[{i}]") for i, w in enumerate(words)]
     for i, w in enumerate(words):
-        if w.dtype != torch.int64 or w.dim() != 2 or len(w) < words_per_pattern(samples):
+        if w.dtype != torch.int64 or w.dim() != 2 or w.shape[0] < words_per_pattern(samples):
             raise InputError(
                 f"words[{i}] must be int64 [W, P] with W >= {words_per_pattern(samples)} for {samples} samples, "
                 f"got {w.dtype} {list(w.shape)}"
             )
-        _check_device(w.device, f"words[{i}]")
+        if i == 0:
+            _check_device(w.device, "words[0]")
         if w.device != words[0].device:
             raise InputError(f"words must be on one device, got {words[0].device} and {w.device}")
     return [w.contiguous() for w in words]

@@ -26,8 +26,9 @@ def as_tensor(array: Any, name: str) -> Tensor:
     if tensor.layout is not torch.strided:
         layout = str(tensor.layout).removeprefix("torch.")
         raise InputError(f"{name} must be a dense strided tensor, got layout {layout}; call .to_dense() first")
-    resolved: Tensor = tensor.detach().resolve_conj().resolve_neg()
-    return resolved
+    if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+    return tensor
 
 
 @contextmanager

@@ -128,12 +128,8 @@ def _forward(
     """Returns the total, it normalised, and the statistics of its rows, by the kernel."""
     from ..kernels import layer_norm as kernel
 
-    columns = x.shape[-1]
-    rows = x.detach().contiguous().view(-1, columns)
-    added = None if residual is None else residual.detach().contiguous().view(-1, columns)
-    weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
-    total, normalised, statistics = kernel.forward(rows, added, weight, bias, eps)
-    return total.view(x.shape), normalised.view(x.shape), statistics
+    residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
+    return kernel.forward(x.contiguous(), residual, weight, bias, eps)
 
 
 def _backward(
@@ -147,16 +143,8 @@ def _backward(
     """Returns the gradient at the total, and those of weight and bias [2, C] where asked, by the kernel."""
     from ..kernels import layer_norm as kernel
 
-    columns = total.shape[-1]
-    grad, parameters = kernel.backward(
-        total.detach().contiguous().view(-1, columns),
-        weight,
-        statistics,
-        None if of_total is None else of_total.contiguous().view(-1, columns),
-        of_normalised.contiguous().view(-1, columns),
-        of_parameters,
-    )
-    return grad.view(total.shape), parameters
+    of_total = None if of_total is None else of_total.contiguous()
+    return kernel.backward(total.contiguous(), weight, statistics, of_total, of_normalised.contiguous(), of_parameters)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +74,44 @@ def relative_attention(
     tables = [table.to(qkv.dtype) for table in tensors[1:]]
     output: Tensor = function.apply(qkv, *tables, (heads, *grid), factor)  # type: ignore[no-untyped-call]
     return output
+
+
+@dataclass
+class RelativeAttention:
+    """`relative_attention` with what its gradient in `qkv` needs; where it runs natively no graph is kept."""
+
+    output: Tensor  # [S, T, H*D]
+    _gradient: Callable[[Tensor], Tensor] | None
+
+    @staticmethod
+    def of(
+        qkv: Tensor,
+        key_tables: tuple[Tensor, Tensor],
+        value_tables: tuple[Tensor, Tensor],
+        *,
+        heads: int,
+        grid: tuple[int, int],
+    ) -> RelativeAttention:
+        """Takes contiguous tables in the dtype of `qkv`; else as `relative_attention`, with its errors."""
+        tables = [*key_tables, *value_tables]
+        _check(qkv, key_tables, value_tables, heads, grid, None)
+        function = _native(qkv, tables, heads, grid)
+        if function is None:
+            return _of_graph(qkv, key_tables, value_tables, heads, grid)
+        scale = _head_dim(qkv, heads) ** -0.5
+        if function is _TritonRelativeAttention:
+            return _of_kernels(qkv, tables, heads, grid, scale)
+        layout = (heads, *grid)
+        qkv = qkv.contiguous()
+        output, softmax = _forward(qkv, tables, layout, scale)
+        gradient = partial(_backward, qkv, softmax, tables, layout, scale, of_tables=False)
+        return RelativeAttention(output, lambda grad_output: gradient(grad_output)[0])
+
+    def backward(self, grad_output: Tensor) -> Tensor:
+        """Returns the gradient at `qkv`, from that at `output`, and frees what it takes: it runs once."""
+        gradient, self._gradient = self._gradient, None
+        assert gradient is not None, "the gradient has been taken"
+        return gradient(grad_output)
 
 
 def relative_attention_torch(
@@ -191,6 +232,80 @@ def _check_tables(name: str, tables: tuple[Tensor, Tensor], head_dim: int, devic
             raise InputError(f"expected {name} on the device of qkv ({device}), got {table.device}; move them there")
 
 
+def _of_graph(
+    qkv: Tensor,
+    key_tables: tuple[Tensor, Tensor],
+    value_tables: tuple[Tensor, Tensor],
+    heads: int,
+    grid: tuple[int, int],
+) -> RelativeAttention:
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        output = relative_attention_torch(leaf, key_tables, value_tables, heads=heads, grid=grid)
+    return RelativeAttention(output.detach(), lambda grad: torch.autograd.grad(output, leaf, grad)[0])
+
+
+def _of_kernels(
+    qkv: Tensor, tables: list[Tensor], heads: int, grid: tuple[int, int], scale: float
+) -> RelativeAttention:
+    from ..kernels import relative_attention as kernel
+    from ..kernels.relative_attention_backward import backward
+
+    qkv = kernel.rows_apart(qkv)
+    output, softmax = kernel.forward(qkv, tables, heads, grid, scale)
+
+    def gradient(grad_output: Tensor) -> Tensor:
+        grad_qkv, _ = backward(
+            qkv, tables, heads, grid, scale, output, softmax, grad_output.contiguous(), (True, False)
+        )
+        assert grad_qkv is not None
+        return grad_qkv
+
+    return RelativeAttention(output, gradient)
+
+
+def _forward(qkv: Tensor, tables: list[Tensor], layout: tuple[int, int, int], scale: float) -> tuple[Tensor, Tensor]:
+    """Returns the output and what the gradient needs of the softmax, by the kernels in C++; on meta their shapes."""
+    samples, tokens, width = qkv.shape
+    out = qkv.new_empty(samples, tokens, width // 3)
+    softmax = qkv.new_empty(samples, layout[0], tokens, 2, dtype=torch.float32)
+    if qkv.device.type == "cpu" and samples > 0:
+        from .. import _C
+
+        threads = torch.get_num_threads()
+        with refusals():
+            size = _C.relative_attention_forward_bytes(qkv, tables, layout, threads)
+            workspace = torch.empty(size, dtype=torch.uint8)
+            _C.relative_attention_forward(qkv, tables, layout, scale, threads, out, softmax, workspace)
+    return out, softmax
+
+
+def _backward(
+    qkv: Tensor,
+    softmax: Tensor,
+    tables: list[Tensor],
+    layout: tuple[int, int, int],
+    scale: float,
+    grad_out: Tensor,
+    *,
+    of_tables: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the gradient of `qkv`, and where asked those of the tables, by the kernels in C++."""
+    grad_qkv = torch.empty_like(qkv)
+    grad_tables = [torch.zeros_like(table) for table in tables] if of_tables else []
+    if qkv.device.type == "cpu" and qkv.shape[0] > 0:
+        from .. import _C
+
+        threads = torch.get_num_threads()
+        size = _C.relative_attention_backward_bytes(qkv, tables, layout, threads, of_tables)
+        workspace = torch.empty(size, dtype=torch.uint8)
+        grad_out = as_tensor(grad_out, "grad_out").contiguous()
+        _C.relative_attention_backward(
+            qkv, tables, layout, scale, threads, softmax, grad_out, grad_qkv, grad_tables, workspace
+        )
+    return grad_qkv, grad_tables
+
+
 class _RelativeAttention(torch.autograd.Function):
     """The kernels in C++; on the meta device only their shapes."""
 
@@ -205,21 +320,11 @@ class _RelativeAttention(torch.autograd.Function):
         layout: tuple[int, int, int],
         scale: float,
     ) -> Tensor:
-        samples, tokens, width = qkv.shape
         qkv, *tables = (
             as_tensor(t, "qkv and tables").contiguous()
             for t in (qkv, key_vertical, key_horizontal, value_vertical, value_horizontal)
         )
-        out = qkv.new_empty(samples, tokens, width // 3)
-        softmax = qkv.new_empty(samples, layout[0], tokens, 2, dtype=torch.float32)
-        if qkv.device.type == "cpu" and samples > 0:
-            from .. import _C
-
-            threads = torch.get_num_threads()
-            with refusals():
-                size = _C.relative_attention_forward_bytes(qkv, tables, layout, threads)
-                workspace = torch.empty(size, dtype=torch.uint8)
-                _C.relative_attention_forward(qkv, tables, layout, scale, threads, out, softmax, workspace)
+        out, softmax = _forward(qkv, tables, layout, scale)
         ctx.save_for_backward(qkv, softmax, *tables)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -229,18 +334,7 @@ class _RelativeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, softmax, *tables = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:5]
-        grad_qkv = torch.empty_like(qkv)
-        grad_tables = [torch.zeros_like(table) for table in tables] if any(wanted) else []
-        if qkv.device.type == "cpu" and qkv.shape[0] > 0:
-            from .. import _C
-
-            threads = torch.get_num_threads()
-            size = _C.relative_attention_backward_bytes(qkv, tables, ctx.layout, threads, any(wanted))
-            workspace = torch.empty(size, dtype=torch.uint8)
-            grad_out = as_tensor(grad_out, "grad_out").contiguous()
-            _C.relative_attention_backward(
-                qkv, tables, ctx.layout, ctx.scale, threads, softmax, grad_out, grad_qkv, grad_tables, workspace
-            )
+        grad_qkv, grad_tables = _backward(qkv, softmax, tables, ctx.layout, ctx.scale, grad_out, of_tables=any(wanted))
         kept = [g if w else None for g, w in zip(grad_tables, wanted, strict=True)] if grad_tables else [None] * 4
         return grad_qkv, *kept, None, None
 

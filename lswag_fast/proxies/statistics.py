@@ -72,17 +72,21 @@ class PassStatistics:
         self._parameters = parameters or {}
         self._groups: int = options.groups
         self._pattern_samples: int = options.pattern_samples
-        self._needs = options.needs()
+        needs = options.needs()
+        self._signed, self._wants_gradient = Need.SIGNED in needs, Need.GRADIENT in needs
+        self._wants_outputs = Need.OUTPUTS in needs
         whole = options.needs(whole=True)
         self._all_patterns = Need.PATTERNS in whole
-        plan.restrict(lambda i: bool(whole - {Need.PATTERNS}) or self._in_window(i + 1))
+        every_layer = bool(whole - {Need.PATTERNS})
+        plan.restrict(lambda i: every_layer or self._in_window(i + 1))
         self._moments: dict[str, GradientMoments] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
         self._gradients: dict[str, Tensor] = {}
         self._gradient_sums: dict[str, Tensor] = {}
         self._channels: dict[str, Tensor] = {}
         self._words: dict[int, Tensor] = {}
-        self._at_once = at_once
+        on_device = backends.implementation("gradient_moments", torch.device(options.device).type) != "cpp"
+        self._at_once = at_once or not on_device
         self._problems: dict[str, MomentProblem] = {}
         self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
@@ -119,20 +123,20 @@ class PassStatistics:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
         if convolution is not None:
             operand = operand.reshape(*operand.shape[:2], *convolution.kernel_size)
-        gradient, by_moments = Need.GRADIENT in self._needs, takes_weight(inputs[0].device.type)
-        weight = operand if gradient and by_moments else None
-        signed = Need.SIGNED in self._needs or weight is not None
+        by_moments = takes_weight(inputs[0].device.type)
+        weight = operand if self._wants_gradient and by_moments else None
         with self._clock(Need.MOMENTS.name):
-            if self._at_once or backends.implementation("gradient_moments", inputs[0].device.type) == "cpp":
+            if self._at_once:
+                signed = self._signed or weight is not None
                 self._moments[layer.name] = gradient_moments(
                     inputs, output_grads, self._groups, convolution=convolution, signed=signed, weight=weight
                 )
             else:
                 self._problems[layer.name] = MomentProblem(
-                    inputs, output_grads, self._groups, convolution, signed=signed
+                    inputs, output_grads, self._groups, convolution, signed=self._signed
                 )
                 self._versions[layer.name] = _versions((*inputs, *output_grads))
-        if gradient and not by_moments:
+        if self._wants_gradient and not by_moments:
             with self._clock(Need.GRADIENT.name):
                 total = _weight_gradient(inputs, output_grads, convolution, operand)
                 self._gradient_sums[layer.name] = _sums(total, operand, 1 / self._samples)
@@ -141,17 +145,16 @@ class PassStatistics:
         """Adds the gradient of one more group to the statistics of a weight on the slow path."""
         with self._clock(Need.MOMENTS.name):
             if layer.name not in self._accumulators:
-                signed = Need.SIGNED in self._needs
-                self._accumulators[layer.name] = MomentsAccumulator(tuple(gradient.shape), signed=signed)
+                self._accumulators[layer.name] = MomentsAccumulator(tuple(gradient.shape), signed=self._signed)
             self._accumulators[layer.name].add(gradient)
-        if Need.GRADIENT in self._needs:
+        if self._wants_gradient:
             with self._clock(Need.GRADIENT.name):
                 so_far = self._gradients.get(layer.name)
                 self._gradients[layer.name] = gradient.float() if so_far is None else so_far + gradient
 
     def wants_outputs(self) -> bool:
         """Whether the outputs of layers are to be handed over."""
-        return Need.OUTPUTS in self._needs
+        return self._wants_outputs
 
     def output(self, layer: Layer, output: Tensor, output_grad: Tensor, channel_axis: int) -> None:
         """Adds sum over n, c of (sum over positions of y * d)^2 of an output [s, ...] to the sum of its layer."""

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed; pip install 'lswa
 
 from lswag_fast.kernels import relative_attention as kernel
 from lswag_fast.ops.relative_attention import (
+    RelativeAttention,
     _native,
     _RelativeAttention,
     _TritonRelativeAttention,
@@ -213,3 +214,12 @@ def test_the_indicator_is_kept_once_written_and_not_while_a_graph_is_captured(mo
     capturing[0] = True
     assert relative_places.indicator(*shape) is kept
     assert waits == [1]
+
+
+def test_without_a_graph_the_numbers_are_the_same(device):
+    *inputs, grad_out = make_inputs(2, 2, (2, 3), 2, torch.float32, device)
+    qkv, *tables = inputs
+    expected = run(relative_attention, [*inputs, grad_out], heads=2, grid=(2, 3))
+    got = RelativeAttention.of(qkv, tuple(tables[:2]), tuple(tables[2:]), heads=2, grid=(2, 3))
+    assert torch.equal(got.output, expected[0])
+    assert torch.equal(got.backward(grad_out), expected[1])

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lswag_fast import _C
+from lswag_fast import _C, backends
 from lswag_fast.errors import InputError
-from lswag_fast.ops.relative_attention import multiply_adds, relative_attention, relative_attention_torch
+from lswag_fast.ops.relative_attention import (
+    RelativeAttention,
+    multiply_adds,
+    relative_attention,
+    relative_attention_torch,
+)
 
 
 def definition(qkv, key_tables, value_tables, *, heads, grid, scale):
@@ -361,3 +366,25 @@ def test_dtypes_and_devices_that_do_not_fit_are_told():
     elsewhere = table.to("meta")
     with pytest.raises(InputError, match=r"key_tables on the device of qkv \(cpu\), got meta"):
         relative_attention(torch.zeros(2, 9, 48), (elsewhere, table), (table, table), heads=2, grid=(2, 4))
+
+
+@pytest.mark.parametrize("way", ["cpp", "torch"])
+def test_without_a_graph_the_numbers_are_the_same(way):
+    inputs = make_inputs(2, 3, 8, (3, 4), 2, dtype=torch.float32)
+    grad_out = torch.randn(2, 13, 24, generator=torch.Generator().manual_seed(2))
+    qkv, *tables = (t.detach() for t in inputs)
+    leaf = inputs[0]
+    with backends.preferring(way):
+        expected = relative_attention(leaf, tuple(tables[:2]), tuple(tables[2:]), heads=3, grid=(3, 4))
+        with torch.no_grad():
+            got = RelativeAttention.of(qkv, tuple(tables[:2]), tuple(tables[2:]), heads=3, grid=(3, 4))
+            gradient = got.backward(grad_out)
+    assert not got.output.requires_grad
+    assert torch.equal(got.output, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected, leaf, grad_out)[0])
+
+
+def test_without_a_graph_the_shapes_are_checked():
+    qkv, *tables = make_inputs(2, 3, 8, (3, 4), 2, dtype=torch.float32)
+    with pytest.raises(InputError, match="13 tokens"):
+        RelativeAttention.of(qkv[:, 1:], tuple(tables[:2]), tuple(tables[2:]), heads=3, grid=(3, 4))
