@@ -322,9 +322,10 @@ def test_operands_that_change_before_the_launch_are_found(side: str | None, monk
     monkeypatch.setattr(
         statistics, "launch_gradient_moments", lambda problems: launched.append(problems) or PendingMoments([], [])
     )
+    # Operands are kept where a grouped launch takes them.
+    monkeypatch.setattr(statistics.backends, "implementation", lambda *_: "triton")
     plan = Plan([], [], [], [], None, (), 0, 0)
     kept = statistics.PassStatistics(plan, ScoreOptions(device="cpu").resolved(4), 4, Clock("cpu"))
-    # A device of another kind than the CPU keeps operands.
     operands = {name: torch.zeros(4, 3, 2, device="meta") for name in ("inputs", "output_grads")}
     layer, weight = Layer("fc.weight", 4, 0, [0]), torch.zeros(2, 2, device="meta")
     kept.weight(layer, [operands["inputs"]], [operands["output_grads"]], None, weight)

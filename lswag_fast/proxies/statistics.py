@@ -85,8 +85,8 @@ class PassStatistics:
         self._gradient_sums: dict[str, Tensor] = {}
         self._channels: dict[str, Tensor] = {}
         self._words: dict[int, Tensor] = {}
-        on_device = backends.implementation("gradient_moments", torch.device(options.device).type) != "cpp"
-        self._at_once = at_once or not on_device
+        self._at_once = at_once
+        self._grouped = backends.implementation("gradient_moments", torch.device(options.device).type) != "cpp"
         self._problems: dict[str, MomentProblem] = {}
         self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
@@ -126,7 +126,7 @@ class PassStatistics:
         by_moments = takes_weight(inputs[0].device.type)
         weight = operand if self._wants_gradient and by_moments else None
         with self._clock(Need.MOMENTS.name):
-            if self._at_once:
+            if self._at_once or not self._grouped:
                 signed = self._signed or weight is not None
                 self._moments[layer.name] = gradient_moments(
                     inputs, output_grads, self._groups, convolution=convolution, signed=signed, weight=weight
