@@ -74,6 +74,8 @@ def predictors(records: Sequence[Record], proxies: Sequence[str], window: tuple[
 def with_libra(columns: Mapping[str, Floats], accuracy: Floats) -> tuple[dict[str, Floats], Sequence[str]]:
     """Returns the columns with LIBRA's, chosen for this accuracy in hindsight, a repeat at a time; and its proxies."""
     pool = [name for name in names() if name in columns and name not in COUNTS]
+    if len(pool) < 2:
+        return dict(columns), ()
     found = []
     for repeat in range(len(next(iter(columns.values())))):
         given = {name: columns[name][repeat] for name in pool}
@@ -84,7 +86,8 @@ def with_libra(columns: Mapping[str, Floats], accuracy: Floats) -> tuple[dict[st
 def markdown(settings: Mapping[str, Any], studies: Sequence[TaskStudy]) -> str:
     """Returns the study as text and tables."""
     first, last = settings["window"]
-    chosen = "; ".join(f"{task}: {', '.join(of_task)}" for task, of_task in settings["libra"].items())
+    chosen = "; ".join(f"{task}: {', '.join(of_task)}" for task, of_task in settings["libra"].items() if of_task)
+    libra = f" LIBRA chose, with all accuracies at hand: {chosen}." if chosen else ""
     return "\n".join(
         [
             "# Every proxy against the accuracy of trained AutoFormer-Tiny networks",
@@ -92,7 +95,7 @@ def markdown(settings: Mapping[str, Any], studies: Sequence[TaskStudy]) -> str:
             f"{settings['networks']} networks with the accuracies of Auto-Prox (Wei et al., AAAI 2024); S = G = "
             f"{SAMPLES} Gaussian images at 224x224, labels of {LABELS} classes, float32, seeds: {settings['seeds']}. "
             f"The window, {first} to {last} percent of depth, is the one that layer statistics of these networks "
-            f"suggest. {study_tables.HOW_TO_READ} LIBRA chose, with all accuracies at hand: {chosen}.",
+            f"suggest. {study_tables.HOW_TO_READ}{libra}",
             "",
             *study_tables.table(studies),
             "",
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="networks and their accuracies, JSON lines")
     parser.add_argument("--store", type=Path, default=measure.RESULTS / f"{NAME}.db", help="where scores are kept")
     parser.add_argument("--proxies", nargs="*", default=list(names()), choices=names())
+    parser.add_argument("--name", default=NAME, help="of the results, where only some proxies are studied")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--networks", type=int, help="the first so many of the table; all by default")
     parser.add_argument("--threads", type=int, default=1)
@@ -123,7 +127,7 @@ def main() -> None:
         tasks.append(Task(shown, archs, accuracy, complete, [c for c in COUNTS if c in complete]))
     studies = study(tasks)
     settings = {"networks": len(rows), "samples": SAMPLES, "seeds": arguments.seeds, "window": window, "libra": libra}
-    study_tables.write(NAME, settings, {"all": studies}, markdown(settings, studies))
+    study_tables.write(arguments.name, settings, {"all": studies}, markdown(settings, studies))
 
 
 if __name__ == "__main__":

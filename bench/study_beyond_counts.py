@@ -161,8 +161,19 @@ def markdown(settings: Mapping[str, Any], studies: Mapping[str, Sequence[TaskStu
         f"seeds: {settings['seeds']}. {study_tables.HOW_TO_READ} A constant row is saturated: it ranks nothing.",
     ]
     for arm, found in studies.items():
-        lines += ["", f"## {arm}", "", *study_tables.table(found)]
+        lines += ["", f"## {arm}", "", beyond_chance(found), "", *study_tables.table(found)]
     return "\n".join([*lines, ""])
+
+
+def beyond_chance(studies: Sequence[TaskStudy]) -> str:
+    """Returns how many partial correlations have an interval without 0, beside how many chance would give."""
+    found = [r.estimates["partial"] for s in studies for r in s.rows if r.estimates and "partial" in r.estimates]
+    partials = [p for p in found if math.isfinite(p.value)]
+    beyond = sum(p.low > 0 or p.high < 0 for p in partials)
+    return (
+        f"Of {len(partials)} partial rho, {beyond} have an interval that excludes 0; were all of them 0 and "
+        f"independent, some {0.05 * len(partials):.0f} would."
+    )
 
 
 def main() -> None:
