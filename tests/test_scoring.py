@@ -303,9 +303,10 @@ def test_out_of_memory_twice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_operands_that_change_before_the_launch_are_found(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
     monkeypatch.setattr(statistics, "launch_gradient_moments", launched.append)
+    monkeypatch.setattr(statistics.backends, "implementation", lambda *_: "triton")
     plan = Plan([], [], [], [], None, (), 0, 0)
     kept = statistics.PassStatistics(plan, ScoreOptions(device="cpu").resolved(4), 4, Clock("cpu"))
-    # A device of another kind than the CPU keeps operands.
+    # Operands are kept where Triton's grouped launch takes them.
     operands = {name: torch.zeros(4, 3, 2, device="meta") for name in ("inputs", "output_grads")}
     layer, weight = Layer("fc.weight", 4, 0, [0]), torch.zeros(2, 2, device="meta")
     kept.weight(layer, [operands["inputs"]], [operands["output_grads"]], None, weight)

@@ -82,8 +82,9 @@ class PassStatistics:
         self._gradient_sums: dict[str, Tensor] = {}
         self._channels: dict[str, Tensor] = {}
         self._words: dict[int, Tensor] = {}
-        on_device = backends.implementation("gradient_moments", torch.device(options.device).type) == "triton"
-        self._at_once = at_once or not on_device
+        device = torch.device(options.device).type
+        self._grouped = backends.implementation("gradient_moments", device) == "triton"
+        self._at_once = at_once
         self._problems: dict[str, MomentProblem] = {}
         self._versions: dict[str, list[int]] = {}
         self._pending = PendingMoments([], [])
@@ -119,7 +120,7 @@ class PassStatistics:
     ) -> None:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
         with self._clock(Need.MOMENTS.name):
-            if self._at_once:
+            if self._at_once or not self._grouped:
                 self._moments[layer.name] = gradient_moments(
                     inputs, output_grads, self._groups, convolution=convolution, signed=self._signed
                 )
