@@ -18,6 +18,10 @@ else:
     settings.register_profile("sanitize", deadline=None, max_examples=8, derandomize=True)
     settings.load_profile(os.environ.get("LSWAG_TEST_PROFILE", "ci" if "CI" in os.environ else "default"))
 
+if not torch.cuda.is_available():
+    # Triton chooses when a kernel's module is imported, so for the whole process, before any test is.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -1,20 +1,13 @@
-"""Triton kernels run on a GPU where there is one; elsewhere they are interpreted, on the CPU.
-
-The choice is made when a kernel's module is imported, so for the whole process, before any test is.
-"""
+"""Triton kernels run on a GPU where there is one; elsewhere they are interpreted, on the CPU."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
