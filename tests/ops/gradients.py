@@ -132,3 +132,18 @@ def assert_few_groups_hold(moments: GradientMoments, gradients: Gradients, toler
 
 def uniform(seed: int, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+NOT_FINITE = (math.inf, -math.inf, math.nan)
+
+
+def assert_nan(moments: GradientMoments) -> None:
+    terms = (moments.log_sum_inverse_sigma, moments.log_sum_mean_over_sigma)
+    assert all(math.isnan(0.0 if term is None else term) for term in terms)
+    assert math.isnan(moments.mean_sigma)
+    assert math.isnan(moments.mean_abs_gradient)
+    assert 0 <= moments.dead <= moments.numel
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,13 @@ import pytest
 import torch
 from gradients import (
     DTYPES,
+    NOT_FINITE,
     assert_few_groups_hold,
     assert_holds,
-    convolution_gradients,
+    assert_nan,
     linear_gradients,
     normal,
+    ones,
     uniform,
 )
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from lswag_fast import _C, reference
 from lswag_fast.errors import InputError
-from lswag_fast.ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments
+from lswag_fast.ops.gradient_moments import Convolution, gradient_moments
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -205,17 +206,6 @@ def test_magnitudes_that_few_gradients_have_are_seen(dtype: torch.dtype, rest: f
     assert_holds(moments, linear_gradients([a], [d.to(dtype)], 4))
 
 
-NOT_FINITE = (math.inf, -math.inf, math.nan)
-
-
-def assert_nan(moments: GradientMoments) -> None:
-    terms = (moments.log_sum_inverse_sigma, moments.log_sum_mean_over_sigma)
-    assert all(math.isnan(0.0 if term is None else term) for term in terms)
-    assert math.isnan(moments.mean_sigma)
-    assert math.isnan(moments.mean_abs_gradient)
-    assert 0 <= moments.dead <= moments.numel
-
-
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("where", ["inputs", "output_grads"])
 @pytest.mark.parametrize("width", [10, 48])
@@ -234,48 +224,6 @@ def test_gradients_that_are_not_finite_give_nan(
     assert math.isnan(moments.signed.mean_sigma)
     assert math.isnan(moments.signed.mean_abs_mean)
     assert math.isnan(moments.signed.mean_signal_to_noise or 0.0)
-
-
-@pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize("first", [0, 2])
-def test_an_accumulator_gives_nan_for_gradients_that_are_not_finite(first: int, value: float) -> None:
-    accumulator = MomentsAccumulator((512,))
-    for n in range(4):
-        gradient = normal(n, 512)
-        gradient[3] = value if n >= first else 1.0
-        accumulator.add(gradient)
-    assert_nan(accumulator.finish())
-
-
-@pytest.mark.parametrize("value", [1.0, *NOT_FINITE])
-def test_an_accumulator_of_another_device_follows_the_same_rules(value: float) -> None:
-    here, elsewhere = MomentsAccumulator((7,)), MomentsAccumulator((7,))
-    state = torch.zeros(2, 7, dtype=torch.float64)
-    for n in range(4):
-        gradient = normal(n, 7)
-        gradient[3] = value
-        here.add(gradient)
-        elsewhere._add_on_device(gradient.double().abs(), state)
-    moments = elsewhere._finish_on_device(state, maps=False)
-    if value != 1.0:
-        return assert_nan(moments)
-    expected = here.finish()
-    assert moments.dead == expected.dead == 1
-    assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-12)
-
-
-def test_signed_sums_that_overflow_are_computed_again() -> None:
-    """g of both signs near the largest float32: |g| has no deviation to overflow, but g has.
-
-    Row 100 lies outside the pieces that the scale is found on, which then is 2^60 for either operand.
-    """
-    a, d = torch.full((4, 128, 48), 1e-6), torch.full((4, 128, 48), 1e-6)
-    a[:, 100] = 14
-    d[:, 100] = torch.tensor([14.0, -14.0, 14.0, -14.0])[:, None]
-    moments = gradient_moments(a, d, signed=True)
-    assert moments.signed is not None
-    assert moments.signed.mean_sigma == pytest.approx(196, rel=1e-6)
-    assert moments.signed.mean_squared_mean < 1e-6
 
 
 def test_subnormal_operands_keep_their_scale_where_the_processor_flushes_them() -> None:
@@ -315,153 +263,12 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, convolu
             assert torch.equal(tensor, getattr(other.maps, name))
 
 
-@pytest.mark.parametrize("convolution", [None, Convolution((3, 3)), Convolution((3, 3), groups=20)])
-def test_signed_moments(convolution: Convolution | None) -> None:
-    shapes = ((6, 11, 70), (6, 11, 30)) if convolution is None else ((6, 20, 9, 8), (6, 20, 7, 6))
-    a, d = (normal(n, *shape) for n, shape in enumerate(shapes))
-    d[:, 4] = 0
-    gradients = linear_gradients([a], [d], 3) if convolution is None else convolution_gradients(a, d, convolution, 3)
-    stacked = torch.stack(gradients.groups)
-    moments = gradient_moments(a, d, 3, convolution=convolution, signed=True, maps=True)
-    assert_holds(moments, gradients)
-    signed, maps = moments.signed, moments.maps
-    assert signed is not None
-    assert maps is not None
-    mean, sigma = stacked.mean(0), stacked.std(0, correction=0)
-    torch.testing.assert_close(maps.signed_mean, mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(maps.signed_sigma, sigma, rtol=0, atol=1e-5)
-    torch.testing.assert_close(maps.sign_sum, stacked.sign().sum(0))
-    live = sigma > reference.DEAD * mean.abs()
-    assert signed.dead == int((~live).sum())
-    assert signed.mean_signal_to_noise == pytest.approx((mean / sigma)[live].square().mean().item(), rel=1e-3)
-    assert signed.mean_abs_mean == pytest.approx(mean.abs().mean().item(), rel=1e-6)
-    assert signed.mean_squared_mean == pytest.approx(mean.square().mean().item(), rel=1e-6)
-    assert signed.mean_sigma == pytest.approx(sigma.mean().item(), rel=1e-6)
-    assert signed.sign_agreement == pytest.approx(stacked.sign().sum(0).abs().mean().item() / 3, rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "slice", "columns apart"])
-@pytest.mark.parametrize(
-    "convolution", [None, Convolution((3, 3)), Convolution((3, 3), groups=2), Convolution((3, 3), groups=20)]
-)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_signed_saliencies_of_a_weight(
-    channels_last: bool, convolution: Convolution | None, layout: str, dtype: torch.dtype
-) -> None:
-    shapes = ((6, 11, 75), (6, 11, 30)) if convolution is None else ((6, 20, 9, 8), (6, 20, 7, 6))
-    a, d = (normal(n, *shape) for n, shape in enumerate(shapes))
-    if channels_last and convolution is not None:
-        a, d = (t.contiguous(memory_format=torch.channels_last) for t in (a, d))
-    gradients = linear_gradients([a], [d], 3) if convolution is None else convolution_gradients(a, d, convolution, 3)
-    mean = torch.stack(gradients.groups).mean(0)
-    weight = normal(2, *mean.shape).to(dtype)
-    if layout == "slice":
-        weight = torch.nn.functional.pad(weight, (1, 2), value=math.nan)[..., 1:-2]
-    elif layout == "columns apart":
-        weight = weight.transpose(0, -1).contiguous().transpose(0, -1)
-    bare = gradient_moments(a, d, 3, convolution=convolution, signed=True)
-    moments = gradient_moments(a, d, 3, convolution=convolution, signed=True, weight=weight)
-    products = mean * weight.double()
-    assert moments.signed is not None
-    assert bare.signed is not None
-    scale = products.abs().sum().item()
-    assert moments.signed.saliency == pytest.approx(products.sum().item(), abs=1e-6 * scale)
-    assert moments.signed.absolute_saliency == pytest.approx(scale, rel=1e-6)
-    assert (bare.signed.saliency, bare.signed.absolute_saliency) == (None, None)
-    assert moments.log_sum_inverse_sigma == bare.log_sum_inverse_sigma
-    assert moments.signed.mean_sigma == bare.signed.mean_sigma
-
-
-@pytest.mark.parametrize("groups", [4, 16, 64])
-def test_signed_deviations_hold_where_one_group_is_of_another_sign(groups: int) -> None:
-    """There the variance of g is closest to what it takes from that of |g|."""
-    a = torch.full((groups, 1, 40), 3.0) + 1e-3 * normal(0, groups, 1, 40)
-    d = torch.ones(groups, 1, 8)
-    d[groups // 2] = -torch.logspace(-7, 0, 8)
-    expected = torch.stack(linear_gradients([a], [d], groups).groups).std(0, correction=0)
-    maps = gradient_moments(a, d, signed=True, maps=True).maps
-    assert maps is not None
-    torch.testing.assert_close(maps.signed_sigma, expected, rtol=1e-6 * groups, atol=0)
-
-
-def test_signed_deviations_are_those_of_magnitudes_where_all_signs_agree() -> None:
-    a, d = uniform(0, 16, 1, 50) + 0.5, uniform(1, 16, 1, 30) + 0.5
-    a[3:, :, 7], d[3:, :, 5] = a[:1, :, 7], d[:1, :, 5]
-    moments = gradient_moments(a, -d, signed=True, maps=True)
-    assert moments.maps is not None
-    assert moments.signed is not None
-    assert torch.equal(moments.maps.signed_sigma, moments.maps.sigma)
-    assert moments.signed.dead == moments.dead
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("shape", "magnitude"), [((3,), 1.0), ((40, 30), 1e-30), ((70, 3, 3, 3), 1e-19)])
-def test_gradients_that_come_one_by_one_give_the_same(
-    dtype: torch.dtype, shape: tuple[int, ...], magnitude: float
-) -> None:
-    scale = magnitude if dtype != torch.float16 else 1.0
-    gradients = [(normal(n, *shape) * scale).to(dtype) for n in range(5)]
-    for gradient in gradients:
-        gradient.view(-1)[1] = -0.5 * scale if gradient is gradients[2] else 0.5 * scale
-    accumulator = MomentsAccumulator(shape, signed=True)
-    for gradient in gradients:
-        accumulator.add(gradient)
-    moments = accumulator.finish(maps=True)
-    doubles = [g.double() for g in gradients]
-    expected = reference.moments_of(doubles)
-    assert moments.maps is not None
-    close = {"rtol": 1e-12, "atol": 1e-14 * scale}
-    torch.testing.assert_close(moments.maps.sigma, expected.sigma, **close)
-    torch.testing.assert_close(moments.maps.mean_abs, expected.mean_abs, **close)
-    torch.testing.assert_close(moments.maps.signed_mean, torch.stack(doubles).mean(0), **close)
-    assert moments.dead == int(expected.dead.sum()) == 1
-    assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-12)
-    assert moments.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=1e-12)
-
-
-def test_an_accumulator_on_a_device_gives_the_same() -> None:
-    gradients = [normal(n, 20, 30) for n in range(5)]
-    for gradient in gradients:
-        gradient[3, 4] = 0.5
-    on_cpu, on_device = MomentsAccumulator((20, 30)), MomentsAccumulator((20, 30))
-    state = torch.zeros(2, 20, 30, dtype=torch.float64)
-    for gradient in gradients:
-        on_cpu.add(gradient)
-        on_device._add_on_device(gradient.double().abs(), state)
-    expected, found = on_cpu.finish(maps=True), on_device._finish_on_device(state, maps=True)
-    assert found.dead == expected.dead == 1
-    assert found.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-12)
-    assert found.log_sum_mean_over_sigma == pytest.approx(expected.log_sum_mean_over_sigma, abs=1e-12)
-    assert found.mean_abs_gradient == pytest.approx(expected.mean_abs_gradient, rel=1e-12)
-    assert found.maps is not None
-    assert expected.maps is not None
-    torch.testing.assert_close(found.maps.sigma, expected.maps.sigma, rtol=1e-12, atol=0)
-    sums = on_device._sums_on_device(state)[0]
-    assert on_device._finish_on_device(state, maps=False, sums=sums.tolist()) == replace(found, maps=None)
-    assert on_cpu.sums() is None
-
-
-def test_an_accumulator_agrees_with_the_fused_form() -> None:
-    a, d = normal(0, 6, 9, 30), normal(1, 6, 9, 20)
-    accumulator = MomentsAccumulator((20, 30))
-    for gradient in linear_gradients([a], [d], 6).groups:
-        accumulator.add(gradient.float())
-    streamed, fused = accumulator.finish(), gradient_moments(a, d)
-    assert streamed.log_sum_inverse_sigma == pytest.approx(fused.log_sum_inverse_sigma, abs=1e-5)
-    assert streamed.mean_abs_gradient == pytest.approx(fused.mean_abs_gradient, rel=1e-6)
-
-
 def test_memory_does_not_grow_with_the_samples() -> None:
     def workspace(samples: int) -> int:
         a, d = torch.zeros(1, 1, 500).expand(samples, 64, -1), torch.zeros(1, 1, 400).expand(samples, 64, -1)
         return _C.GradientMoments([a], [d], samples, None, False, 2).workspace_bytes
 
     assert workspace(1024) == workspace(4) < 4 * 2**20
-
-
-def ones(*shape: int) -> Tensor:
-    return torch.ones(*shape)
 
 
 @pytest.mark.parametrize(
@@ -512,36 +319,11 @@ def test_the_module_checks_what_it_is_given() -> None:
             _C.GradientMoments(inputs, output_grads, groups, None, False, 1)
 
 
-def test_a_weight_that_does_not_fit_is_refused() -> None:
-    a, d = normal(0, 4, 3, 10), normal(1, 4, 3, 6)
-    with pytest.raises(InputError, match=r"weight of shape \[6, 10\], got \[10, 6\]"):
-        gradient_moments(a, d, signed=True, weight=ones(10, 6))
-    with pytest.raises(InputError, match="pass signed=True"):
-        gradient_moments(a, d, weight=ones(6, 10))
-    with pytest.raises(InputError, match="weight in one of float32, bfloat16, float16, got float64"):
-        gradient_moments(a, d, signed=True, weight=ones(6, 10).double())
-    native = _C.GradientMoments([a], [d], 4, None, True, 1)
-    workspace = torch.empty(native.workspace_bytes, dtype=torch.uint8)
-    for bad in (ones(6, 11), ones(6, 10, 1), ones(10, 6).t()):
-        with pytest.raises(ValueError, match="a weight of 6 rows of 10 adjacent columns"):
-            native.run(workspace, [], bad)
-
-
-def test_an_accumulator_refuses_bad_gradients() -> None:
-    accumulator = MomentsAccumulator((3, 2))
-    with pytest.raises(InputError, match=r"shape \[3, 2\], got \[2, 3\]"):
-        accumulator.add(ones(2, 3))
-    with pytest.raises(InputError, match="got int64"):
-        accumulator.add(ones(3, 2).long())
-    accumulator.add(ones(3, 2))
-    with pytest.raises(InputError, match="2 groups or more, got 1"):
-        accumulator.finish()
-
-
 @pytest.mark.parametrize("path", [path for path in _C.cpu_paths() if path != _C.cpu_path()])
 def test_every_instruction_set_gives_the_same(path: str) -> None:
     environment = {**os.environ, "LSWAG_CPU": path, "LSWAG_TEST_PROFILE": "sanitize", "OMP_NUM_THREADS": "1"}
-    files = [__file__, str(Path(__file__).with_name("test_convolution_moments.py"))]
+    others = ("test_convolution_moments.py", "test_moments_accumulator.py", "test_signed_moments.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     wanted = (
         "hold_to or hold_weight or biased or finite or dead or magnitudes or signed or threads or vision or one_by_one"
     )

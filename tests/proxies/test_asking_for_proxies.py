@@ -1,0 +1,185 @@
+"""What score() does with the proxies that it is asked for: choices, windows, failures, seconds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import networks
+import pytest
+import torch
+from shared_networks import SHARED, batch, build
+
+import lswag_fast
+from lswag_fast import clock, proxies, spaces
+from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.errors import InputError
+from lswag_fast.options import ScoreOptions
+from lswag_fast.proxies.evidence import Evidence
+from lswag_fast.proxies.proxy import Proxy
+
+
+@dataclass(frozen=True)
+class Broken(Proxy):
+    name: ClassVar[str] = "broken"
+    source: ClassVar[str] = "nowhere"
+    gradient_based: ClassVar[bool] = False
+
+    def value(self, evidence: Evidence) -> float:
+        raise ValueError("no such thing")
+
+
+def test_passes_outside_the_window_are_those_of_the_whole_network() -> None:
+    model, (images, labels) = build("attention"), batch()
+    whole = lswag_fast.score(model, images, labels, dtype="float32", proxies=("te_nas_ntk",))
+    part = lswag_fast.score(model, images, labels, dtype="float32", window=(0, 30), proxies=("te_nas_ntk",))
+    assert part.proxies == whole.proxies
+
+
+def test_passes_in_float32_see_images_in_float32() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    chosen = ("jacov", "te_nas_ntk")
+    found = [lswag_fast.score(model, images, labels, dtype=d, proxies=chosen) for d in ("float32", "bfloat16")]
+    assert found[0].proxies == found[1].proxies
+
+
+def test_details_are_told() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=("jacov", "snip"))
+    assert set(result.proxy_details) == {"jacov"}
+    assert result.proxy_details["jacov"]["conditioning"] > 1
+
+
+def test_a_proxy_that_runs_out_of_memory_loses_nothing_else() -> None:
+    attempts: list[int] = []
+
+    @dataclass(frozen=True)
+    class Hungry(Broken):
+        times: int = 1
+
+        def value(self, evidence: Evidence) -> float:
+            attempts.append(1)
+            if len(attempts) <= self.times:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+            return 2.0
+
+    model, (images, labels) = build("convolutions"), batch()
+    assert lswag_fast.score(model, images, labels, proxies=(Hungry(),)).proxies["broken"] == 2
+    attempts.clear()
+    result = lswag_fast.score(model, images, labels, proxies=(Hungry(times=2),))
+    assert math.isnan(result.proxies["broken"])
+    assert result.lswag > 0
+    assert any("broken failed: OutOfMemoryError: CUDA out of memory." in text for text in result.warnings)
+
+
+def test_fisher_says_whose_outputs_are_not_seen() -> None:
+    model, (images, labels) = networks.SharedTable(), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=("fisher", "snip"))
+    assert math.isnan(result.proxies["fisher"])
+    assert any("fisher has no value: the outputs of table.weight" in text for text in result.warnings)
+    assert math.isfinite(result.proxies["snip"])
+
+
+def test_lswag_is_the_same_whatever_is_asked_for_beside_it() -> None:
+    model, (images, labels) = build("attention"), batch()
+    alone = lswag_fast.score(model, images, labels, dtype="float32")
+    beside = lswag_fast.score(model, images, labels, dtype="float32", proxies=("lswag", *SHARED))
+    assert alone.layers == beside.layers
+    assert (alone.lswag, alone.expressivity) == (beside.lswag, beside.expressivity)
+    assert beside.proxies["lswag"] == alone.proxies["lswag"] == alone.lswag
+
+
+def test_proxies_of_the_whole_network_look_outside_the_window() -> None:
+    model, (images, labels) = build("attention"), batch()
+    whole = lswag_fast.score(model, images, labels, dtype="float32", proxies=("lambda", *SHARED[1:]))
+    part = lswag_fast.score(model, images, labels, dtype="float32", window=(20, 50), proxies=("lambda", *SHARED[1:]))
+    bare = lswag_fast.score(model, images, labels, dtype="float32", window=(20, 50))
+    for name in set(SHARED) - {"lambda", "psi"}:
+        assert part.proxies[name] == whole.proxies[name], name
+    # Where patterns are packed, GELU is ours and not torch's.
+    assert part.proxies["lambda"] == pytest.approx(bare.trainability, rel=1e-6)
+    assert part.proxies["lambda"] == part.trainability < whole.proxies["lambda"]
+    assert part.proxies["psi"] == bare.expressivity < whole.proxies["psi"]
+    assert [row.in_window for row in part.layers] == [row.in_window for row in bare.layers]
+    assert part.counts == bare.counts
+
+
+def test_engine_gives_what_score_gives() -> None:
+    space = spaces.get("autoformer-tiny", image_size=32, num_classes=10)
+    supernet = space.supernet(0)
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6)
+    chosen = ("lswag", *(name for name in SHARED if name != "fisher"), "jacov", "te_nas_ntk", "synflow")
+    options = ScoreOptions(dtype="float32", device="cpu", proxies=chosen).resolved(6)
+    engine = AutoFormerEngine(supernet, images, labels, None, options)
+    for arch in space.sample(2, seed=0):
+        found = engine.score(space.canonical(arch))
+        expected = lswag_fast.score(supernet.subnet(arch), images, labels, dtype="float32", proxies=chosen)
+        for name in chosen:
+            scale = expected.proxies["snip" if name == "plain" else name]
+            assert found.proxies[name] == pytest.approx(expected.proxies[name], abs=2e-4 * abs(scale)), name
+
+
+def test_one_that_fails_takes_no_other_with_it() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=(Broken(), "params"))
+    assert math.isnan(result.proxies["broken"])
+    assert any("broken failed: ValueError: no such thing" in text for text in result.warnings)
+    assert math.isfinite(result.proxies["params"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("zicoo",), r"no proxy is called 'zicoo'; there are lswag, lambda"),
+        (("zico", "zico"), r"holds 'zico' twice"),
+        ("zico", r"proxies is a sequence.*write \('zico',\)"),
+        ((3,), r"proxies holds 3, which is neither a name"),
+    ],
+)
+def test_bad_choices_are_refused(asked: object, message: str) -> None:
+    images, labels = batch()
+    with pytest.raises(InputError, match=message):
+        lswag_fast.score(build("convolutions"), images, labels, proxies=asked)  # type: ignore[arg-type]
+
+
+def test_every_registered_proxy_says_what_it_is() -> None:
+    for name in proxies.names():
+        kind = proxies.get(name)
+        assert kind.name == name
+        assert re.search(r"\b20[012]\d\b", kind.source), name
+        assert kind.__doc__
+        assert isinstance(kind.gradient_based, bool)
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which every stretch of work takes a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
+
+
+@pytest.mark.usefixtures("ticking")
+def test_seconds_of_each() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=SHARED)
+    seconds = result.proxy_seconds
+    assert set(seconds) == set(SHARED)
+    assert all(0 < value < result.seconds for value in seconds.values())
+    assert seconds["params"] == seconds["flops"] == 1
+    assert seconds["params"] < seconds["swap"] < seconds["nwot"] < min(seconds["zico"], seconds["snip"])
+
+
+@pytest.mark.usefixtures("ticking")
+def test_a_pass_that_proxies_share_is_in_the_seconds_of_each() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    both = ("jacov", "epe_nas", "te_nas", "te_nas_ntk", "params")
+    seconds = lswag_fast.score(model, images, labels, dtype="float32", proxies=both).proxy_seconds
+    assert seconds["params"] == 1
+    # Shared are the network as such, which is made ready within the pass, and the pass; one's own work is what is left.
+    assert seconds["jacov"] == 5
+    assert seconds["epe_nas"] > 2
+    assert seconds["te_nas_ntk"] > 2
