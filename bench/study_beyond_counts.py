@@ -71,8 +71,6 @@ ARMS = {
     "noise": Arm(),
     "photographs": Arm(images="photos"),
     "two mini-batches": Arm(groups=2, dtype="float32"),
-    "eight groups": Arm(groups=8),
-    "weights of 0.04": Arm(spread=2.0),
     "weights of 0.08": Arm(spread=4.0),
 }
 

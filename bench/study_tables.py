@@ -15,7 +15,7 @@ from lswag_fast.laboratory.study import Row, TaskStudy
 HOW_TO_READ = (
     "Each cell has Spearman's rho, the mean over the repeats; in brackets its 95 % bootstrap interval over "
     "architectures; after ± the standard deviation over repeats; and behind the slash the partial rho given the counts "
-    "(the rows in italics)."
+    "(the rows in italics), which a proxy that they determine has not."
 )
 
 
@@ -68,5 +68,5 @@ def _cell(row: Row) -> str:
         return row.status
     rho, partial = row.estimates["spearman"], row.estimates.get("partial")
     spread = f" ± {rho.spread:.2f}" if math.isfinite(rho.spread) else ""
-    given = f" / {partial.value:.2f}" if partial else ""
+    given = f" / {partial.value:.2f}" if partial and math.isfinite(partial.value) else ""
     return f"{rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]{spread}{given}"
