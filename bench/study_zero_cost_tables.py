@@ -2,7 +2,8 @@
 
 For each task and draw, 50 architectures are labelled, and every method is judged by Spearman's rho on the others. The
 single proxies and LIBRA are chosen once in hindsight, by all accuracies, and once by the labels. Intervals resample
-both the architectures and the draws. Writes zero-cost-tables.json and .md.
+both the architectures and the draws. Beside each rho is what is left of it given the counts. Writes
+zero-cost-tables.json and .md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import RidgeCV
 
 from lswag_fast import libra, libra_plus
-from lswag_fast.correlation import Floats, spearman
+from lswag_fast.correlation import Floats, partial_spearman, spearman
 from lswag_fast.ensembles.ablations import ablations
 from lswag_fast.ensembles.libra import weigh
 from lswag_fast.ensembles.table import rankings
@@ -42,6 +43,7 @@ DRAWS = 20
 FIRST_SEED = 1000
 """Of the draws; libra_plus was designed on draws of the seeds 0 to 104 of the same tables."""
 RESAMPLES = 200
+COUNTS = ("params", "flops")
 
 BEST = "best single proxy, in hindsight"
 LIBRA = "LIBRA, in hindsight"
@@ -147,10 +149,11 @@ def study(path: Path, draws: int = DRAWS, resamples: int = RESAMPLES) -> dict[st
     fixed = in_hindsight(table)
     scores = [{**fixed, **by_chance(table, draw), **by_labels(table, draw)} for draw in range(draws)]
     methods = list(scores[0])
-    by_draw = {}
+    by_draw, given_counts = {}, {}
     for method in methods:
         judged = [_unlabelled(table, draw, labels_of(method)) for draw in range(draws)]
         by_draw[method] = [spearman(s[method][j], table.accuracy[j]) for s, j in zip(scores, judged, strict=True)]
+        given_counts[method] = [_given_counts(table, s[method], j) for s, j in zip(scores, judged, strict=True)]
     everything = libra(table.scores, table.accuracy, table.params)
     return {
         "task": table.task,
@@ -163,8 +166,16 @@ def study(path: Path, draws: int = DRAWS, resamples: int = RESAMPLES) -> dict[st
             "interval": everything.interval,
         },
         "by_draw": by_draw,
+        "given_counts": given_counts,
         "resampled": _resampled(table, scores, resamples) if resamples else None,
     }
+
+
+def _given_counts(table: Table, score: Floats, judged: NDArray[np.bool_]) -> float:
+    """Returns the partial rho given the counts; NaN where they determine the score, which then is one of them."""
+    counts = [table.scores[name] for name in COUNTS]
+    rows = judged & np.isfinite(counts).all(axis=0)
+    return partial_spearman(score[rows], table.accuracy[rows], [count[rows] for count in counts])
 
 
 def _unlabelled(table: Table, draw: int, labels: int) -> NDArray[np.bool_]:
@@ -214,13 +225,21 @@ def summarise(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "architectures": t["architectures"],
                 "libra": t["libra"],
                 "rho": {m: cell([np.array(t["by_draw"][m])], [t["resampled"][m]]) for m in methods},
+                "given_counts": {m: _mean(t["given_counts"][m]) for m in methods},
                 "by_draw": t["by_draw"],
             }
             for t in tasks
         },
         "mean": {method: across(method) for method in methods},
+        "mean_given_counts": {m: _mean([v for t in tasks for v in t["given_counts"][m]]) for m in methods},
         "beyond_best_single_proxy": {method: across(method, BEST) for method in methods},
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Returns the mean of those that are numbers; None where none is."""
+    numbers = [value for value in values if np.isfinite(value)]
+    return float(np.mean(numbers)) if numbers else None
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -235,7 +254,9 @@ def markdown(data: Mapping[str, Any]) -> str:
         "architectures each. Spearman's rho on the architectures not labelled, mean over the draws; in brackets the "
         f"95 % interval over {settings['resamples']} resamples of architectures and draws. In hindsight: chosen by all "
         "accuracies, those it is judged on included. The other rows see the accuracies of their labels alone. "
-        "Proxies are turned by the sign of their rho where not said otherwise.",
+        "Proxies are turned by the sign of their rho where not said otherwise. Given the counts, and by task behind "
+        f"the slash: the partial rho given {' and '.join(COUNTS)}; a choice that is a count itself has none, and is "
+        "left out of that mean.",
         "",
         "## Mean over the tasks",
         "",
@@ -292,13 +313,25 @@ def _reading(data: Mapping[str, Any]) -> list[str]:
 
 def _means(data: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
     beyond = data["beyond_best_single_proxy"]
-    rows = [f"| {m} | {_cell(data['mean'][m])} | {_cell(beyond[m], signed=True)} |" for m in methods]
-    return ["| | mean rho | beyond the best single proxy in hindsight |", "| --- | ---: | ---: |", *rows]
+    partials = data["mean_given_counts"]
+    rows = [
+        f"| {m} | {_cell(data['mean'][m])} | {_partial(partials[m])} | {_cell(beyond[m], signed=True)} |"
+        for m in methods
+    ]
+    head = "| | mean rho | given the counts | beyond the best single proxy in hindsight |"
+    return [head, "| --- | ---: | ---: | ---: |", *rows]
 
 
 def _by_task(tasks: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
-    rows = [f"| {task} | {' | '.join(_cell(t['rho'][m]) for m in methods)} |" for task, t in tasks.items()]
+    rows = []
+    for task, t in tasks.items():
+        cells = [f"{_cell(t['rho'][m])} / {_partial(t['given_counts'][m])}" for m in methods]
+        rows.append(f"| {task} | {' | '.join(cells)} |")
     return [f"| | {' | '.join(methods)} |", f"| --- |{' ---: |' * len(methods)}", *rows]
+
+
+def _partial(value: float | None) -> str:
+    return "a count" if value is None else f"{value:.3f}"
 
 
 def _cell(value: Mapping[str, Any], *, signed: bool = False) -> str:

@@ -14,6 +14,8 @@ pytest.importorskip("sklearn", reason="the study needs the extra 'lab'")
 
 import study_zero_cost_tables as study
 
+from lswag_fast.correlation import spearman
+
 RESULTS = Path(study.__file__).parent / "results"
 SLICE = ("nasbench201-cifar10", "transnas_micro-room_layout")
 DRAWS = 2
@@ -49,6 +51,22 @@ def test_the_committed_study_is_complete(committed: dict[str, Any]):
 
 def test_the_page_says_what_the_data_say(committed: dict[str, Any]):
     assert (RESULTS / f"{study.NAME}.md").read_text() == study.markdown(committed)
+
+
+def test_what_is_left_given_the_counts(tables: Path):
+    table = study.load(tables / "nasbench101-cifar10.csv.gz")
+    judged = study._unlabelled(table, 3, study.LABELS)
+    assert np.isnan(study._given_counts(table, table.scores["flops"], judged))
+    first, second = (table.scores[name][judged] for name in study.COUNTS)
+    score, accuracy = table.scores["synflow"][judged], table.accuracy[judged]
+
+    def given_first(x: Any, y: Any) -> float:
+        xy, x1, y1 = spearman(x, y), spearman(x, first), spearman(y, first)
+        return (xy - x1 * y1) / np.sqrt((1 - x1**2) * (1 - y1**2))
+
+    xy, x2, y2 = given_first(score, accuracy), given_first(score, second), given_first(accuracy, second)
+    expected = (xy - x2 * y2) / np.sqrt((1 - x2**2) * (1 - y2**2))
+    assert study._given_counts(table, table.scores["synflow"], judged) == pytest.approx(expected, abs=1e-9)
 
 
 def test_no_method_of_labels_sees_other_accuracies(tables: Path):
