@@ -20,7 +20,7 @@ class Clock:
     """
 
     def __init__(self, device: str, *, running: bool = True) -> None:
-        self._running = running
+        self.running = running
         self._device = torch.device(device)
         self.device = self._device.type
         """The type of the device, "cpu" or "cuda"."""
@@ -30,7 +30,7 @@ class Clock:
 
     def __call__(self, label: str) -> AbstractContextManager[None]:
         """Counts what runs inside under `label`."""
-        return self._stretch(label) if self._running else nullcontext()
+        return self._stretch(label) if self.running else nullcontext()
 
     @contextmanager
     def _stretch(self, label: str) -> Iterator[None]:

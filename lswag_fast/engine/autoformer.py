@@ -6,22 +6,25 @@ forward and backward pass is written out. `score(supernet.subnet(arch), ...)` gi
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture import Activation, Layer, Plan, SampleAxis, Sandbox, trace
 from ..capture.sandbox import random_states, torch_settings
 from ..clock import Clock
+from ..errors import InputError
 from ..losses import CrossEntropy, class_labels
+from ..memory import Empty
+from ..ops.activation_patterns import activate_and_pack
 from ..options import ScoreOptions
 from ..proxies.network import Network
 from ..proxies.proxy import Need
@@ -32,6 +35,10 @@ from ..scoring import Scored, attempted, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, Weights
+from .in_place import CudaGraphs, InPlace, Memory, NewMemory, Places, Recorder
+
+MOST_IN_FLIGHT = 2
+"""Candidates that have memory in place at a time: one runs while the next is launched."""
 
 Arch = Mapping[str, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -65,6 +72,10 @@ class AutoFormerEngine:
             labels = class_labels(labels, len(images), self._classes, options.seed)
         self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
         self._loss: Loss = CrossEntropy() if loss is None else loss
+        # Events in a recorded launch tell no time.
+        in_place = self._device.type == "cuda" and not clock_of(options).running and graphs_wanted()
+        self._recorder: Callable[[], Recorder] = partial(CudaGraphs, self._device)
+        self._places = Places(self._in_place, MOST_IN_FLIGHT if in_place else 0)
 
     def score(self, arch: Arch) -> LswagResult:
         """Returns the score of a candidate in canonical form.
@@ -84,23 +95,29 @@ class AutoFormerEngine:
         statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
         with _current(self._device), random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            losses = self._run(arch, plan, statistics, clock)
+            if at_once:
+                self._places.give_up()
+            place = self._places.find()
+            losses = self._run(arch, plan, statistics, clock, place or NewMemory())
             statistics.launch(losses)
-        scored = Scored(plan, statistics, self._options, clock, partial(self._network, arch))
-        return PendingScore(scored, caught, start)
+        pending = PendingScore(
+            Scored(plan, statistics, self._options, clock, partial(self._network, arch)), caught, start
+        )
+        if place is not None:
+            place.lend(pending)
+        return pending
 
-    def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock) -> Tensor:
-        def activate(block: int, pre: Tensor) -> Tensor:
-            activation = plan.activations[block]
-            return statistics.activate(activation, pre, "gelu") if statistics.wants(activation) else F.gelu(pre)
+    def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock, memory: Memory) -> Tensor:
+        def packed(block: int, words: Tensor) -> None:
+            statistics.packed(plan.activations[block], words)
 
         def deliver(position: int, inputs: Tensor, output_grads: Tensor, operand: Tensor) -> None:
             if plan.layers[position].kept:
                 statistics.weight(plan.layers[position], [inputs], [output_grads], None, operand)
 
-        candidate = AutoFormerPass(self._weights, arch, self._patches, self._grid)
+        candidate = self._pass(arch, memory, clock, [statistics.wants(a) for a in plan.activations])
         with clock("forward"):
-            logits = candidate.forward(activate).requires_grad_()
+            logits = candidate.forward(packed).detach().requires_grad_()
         with torch.enable_grad():
             losses = self._loss(logits, self._labels)
             (grad,) = torch.autograd.grad(losses.sum(), logits)
@@ -109,6 +126,31 @@ class AutoFormerEngine:
             with clock("backward"):
                 candidate.backward(grad, deliver, first)
         return losses.detach()
+
+    def _pass(self, arch: Arch, memory: Memory, clock: Clock, packs: Sequence[bool]) -> AutoFormerPass:
+        def activate(pre: Tensor, packed: bool, empty: Empty) -> tuple[Tensor, Tensor | None]:
+            if not packed:
+                return torch.ops.aten.gelu.out(pre, out=empty(pre.shape, dtype=pre.dtype, device=pre.device)), None
+            with clock(Need.PATTERNS.name):
+                return activate_and_pack(pre, "gelu", samples=self._options.pattern_samples, empty=empty)
+
+        given = (self._weights, arch, self._patches, self._grid)
+        return AutoFormerPass(*given, memory=memory, activate=activate, packs=packs)
+
+    def _in_place(self) -> InPlace | None:
+        """Returns memory for any candidate of the space; None where not every operation puts its results there."""
+        choices, memory = self._space.choices, InPlace(self._recorder())
+        depth = max(choices.depth)
+        largest = {
+            "embed_dim": max(choices.embed_dim),
+            "num_heads": [max(choices.num_heads)] * depth,
+            "mlp_ratio": [max(choices.mlp_ratio)] * depth,
+        }
+        candidate = self._pass(largest, memory, clock_of(self._options), [True] * depth)
+        logits = candidate.forward(lambda *_: None)
+        left = [*candidate.kept()]
+        candidate.backward(torch.zeros_like(logits), lambda _, *given: left.extend(given[:2]), 1)
+        return memory if all(map(memory.holds, left)) else None
 
     def _network(self, arch: Arch, shared: SharedWork) -> Network:
         """Returns the candidate as a module, for proxies that run passes of their own."""
@@ -134,19 +176,23 @@ class AutoFormerEngine:
         return Plan(layers, activations, [], [], None, (), self._space.macs(arch), self._space.params(arch))
 
 
-@dataclass(frozen=True)
+@dataclass
 class PendingScore:
     """A score that a device may still be computing."""
 
     scored: Scored
     caught: list[warnings.WarningMessage]
     start: float
+    finished: bool = False
 
     def finish(self) -> LswagResult:
-        """Waits for it and returns it; raises ScoreError where a loss is not finite."""
-        with random_states(), torch_settings(), warnings.catch_warnings(record=True) as later:
-            warnings.simplefilter("always")  # proxies may run passes of their own
-            result = self.scored.result(self.scored.options, self.caught, self.start)
+        """Waits for it and returns it, once; raises ScoreError where a loss is not finite."""
+        try:
+            with random_states(), torch_settings(), warnings.catch_warnings(record=True) as later:
+                warnings.simplefilter("always")  # proxies may run passes of their own
+                result = self.scored.result(self.scored.options, self.caught, self.start)
+        finally:
+            self.finished = True
         return replace(result, warnings=(*result.warnings, *dict.fromkeys(str(w.message) for w in later)))
 
 
@@ -157,6 +203,14 @@ def engine_for(
     if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters or Need.OUTPUTS in options.needs():
         return None
     return AutoFormerEngine(supernet, images, labels, loss, options)
+
+
+def graphs_wanted() -> bool:
+    """Whether LSWAG_CUDA_GRAPHS lets launches be recorded; raises InputError where it says neither on nor off."""
+    wanted = os.environ.get("LSWAG_CUDA_GRAPHS") or "on"
+    if wanted not in ("on", "off"):
+        raise InputError(f"LSWAG_CUDA_GRAPHS must be on or off, got {wanted!r}")
+    return wanted == "on"
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -6,18 +6,21 @@ Searching Transformers for Visual Recognition, ICCV 2021. No weight gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import Empty
 from ..ops.gelu import activation_backward
 from ..ops.layer_norm import NormalisedSum
 from ..ops.relative_attention import RelativeAttention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
+from .in_place import Emit, Memory
 
 LAYERS_BEFORE = 1
 LAYERS_A_BLOCK = 4
@@ -25,8 +28,10 @@ LAYERS_A_BLOCK = 4
 
 Pair = tuple[Tensor, Tensor]
 """Weight and bias, or the vertical and the horizontal table."""
-Activate = Callable[[int, Tensor], Tensor]
-"""(number of the block, pre-activation [S, T, hidden]) -> GELU of it."""
+Activate = Callable[[Tensor, bool, Empty], tuple[Tensor, Tensor | None]]
+"""(pre-activation [S, T, hidden], whether its patterns are wanted, memory) -> GELU of it, and the packed patterns."""
+Packed = Callable[[int, Tensor], None]
+"""(number of the block, packed patterns of its activation)."""
 Deliver = Callable[[int, Tensor, Tensor, Tensor], None]
 """(position of the layer, its inputs [S, ..., I], the gradients at its outputs [S, ..., O], its weight [O, I])."""
 
@@ -131,7 +136,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Block:
-    """What the forward pass of a block leaves for its backward pass."""
+    """What the forward pass of a block leaves for its backward pass; the tokens are total + change."""
 
     weights: BlockWeights
     attention_norm: NormalisedSum
@@ -139,6 +144,16 @@ class _Block:
     mlp_norm: NormalisedSum
     pre: Tensor
     post: Tensor
+    change: Tensor
+
+
+@dataclass(frozen=True)
+class _End:
+    """What the forward pass behind the blocks leaves for its backward pass."""
+
+    norm: NormalisedSum
+    pooled: Tensor
+    logits: Tensor
 
 
 class AutoFormerPass:
@@ -149,80 +164,156 @@ class AutoFormerPass:
         arch: a canonical candidate.
         patches: [S, patches, 3 * size * size], of which the patch convolution is a linear map.
         grid: rows and columns of patches.
+        memory: runs the stretches of the pass: what precedes the blocks, each block, what follows them.
+        activate: in every block.
+        packs: whether the patterns of a block's activation are wanted.
     """
 
-    def __init__(self, weights: Weights, arch: Mapping[str, Any], patches: Tensor, grid: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        arch: Mapping[str, Any],
+        patches: Tensor,
+        grid: tuple[int, int],
+        *,
+        memory: Memory,
+        activate: Activate,
+        packs: Sequence[bool],
+    ) -> None:
         self._weights = weights
-        self._arch = arch
         self._embed: int = arch["embed_dim"]
+        self._choices = list(zip(arch["num_heads"], arch["mlp_ratio"], packs, strict=True))
         self._patches = patches
         self._grid = grid
+        self._memory = memory
+        self._activate = activate
         self._blocks: list[_Block] = []
         self._ends = weights.ends(self._embed)
 
     @torch.no_grad()
-    def forward(self, activate: Activate) -> Tensor:
-        """Returns the logits [S, classes]."""
-        embed, weights, ends = self._embed, self._weights, self._ends
-        tokens = F.linear(self._patches, *ends.patches)
-        start = ends.class_token.expand(tokens.shape[0], -1, -1)
-        x = torch.cat((start, tokens), dim=1) + ends.positions
-        change: Tensor | None = None
-        for number, choice in enumerate(zip(self._arch["num_heads"], self._arch["mlp_ratio"], strict=True)):
-            x, change = self._block(number, x, change, weights.block(number, embed, *choice), activate)
-        self._norm = NormalisedSum.of(x, change, *ends.norm)
-        self._pooled = self._norm.normalised[:, 1:].mean(dim=1)
-        return F.linear(self._pooled, *ends.head)
+    def forward(self, packed: Packed) -> Tensor:
+        """Returns the logits [S, classes], and hands over the words of the activations that are wanted."""
+        run = self._memory.run
+        x, change = run("start", self._embed, (), self._start, _nothing), None
+        for number, (heads, ratio, packs) in enumerate(self._choices):
+            weights = self._weights.block(number, self._embed, heads, ratio)
+            work = partial(self._block, number, x, change, weights, packs)
+            choice = (self._embed, heads, ratio, packs)
+            block = run(("block", number), choice, _present(x, change), work, packed)
+            self._blocks.append(block)
+            x, change = block.mlp_norm.total, block.change
+        self._end = run("end", self._embed, _present(x, change), partial(self._finish, x, change), _nothing)
+        return self._end.logits
 
-    def _block(
-        self, number: int, x: Tensor, change: Tensor | None, weights: BlockWeights, activate: Activate
-    ) -> tuple[Tensor, Tensor]:
-        """Takes the tokens as a sum yet to be made, and returns them so: a normalisation makes it on the way."""
-        attention_norm = NormalisedSum.of(x, change, *weights.attention_norm)
-        qkv = F.linear(attention_norm.normalised, *weights.queries)
-        attention = RelativeAttention.of(
-            qkv, weights.key_tables, weights.value_tables, heads=weights.heads, grid=self._grid
-        )
-        change = F.linear(attention.output, *weights.projection)
-        mlp_norm = NormalisedSum.of(attention_norm.total, change, *weights.mlp_norm)
-        pre = F.linear(mlp_norm.normalised, *weights.widen)
-        post = activate(number, pre)
-        self._blocks.append(_Block(weights, attention_norm, attention, mlp_norm, pre, post))
-        return mlp_norm.total, F.linear(post, *weights.narrow)
+    def kept(self) -> Iterator[Tensor]:
+        """Yields what the forward pass has left for the backward pass."""
+        for block in self._blocks:
+            yield from (block.attention_norm.normalised, block.attention.output, block.mlp_norm.total, block.post)
+        yield from (self._end.norm.normalised, self._end.logits)
 
     @torch.no_grad()
     def backward(self, grad: Tensor, deliver: Deliver, first: int) -> None:
         """Hands over every layer from the last to the one at position `first`, from the logits' gradient.
 
-        Frees what a block kept as soon as it is through, so that it can run once.
+        Lets go of what a block kept as soon as it is through, so that it can run once.
         """
         position = LAYERS_BEFORE + LAYERS_A_BLOCK * len(self._blocks)
-        head = self._ends.head[0]
-        deliver(position, self._pooled, grad, head)
+        grad = self._memory.placed("loss", grad)
+        deliver(position, self._end.pooled, grad, self._ends.head[0])
         if first >= position:
             return
-        grad_pooled = torch.matmul(grad, head)
-        spread = torch.zeros_like(self._norm.normalised)
-        spread[:, 1:] = (grad_pooled / (spread.shape[1] - 1)).unsqueeze(1)
-        grad = self._norm.backward(spread)
+        work = partial(self._backward_of_end, self._end, grad)
+        grad = self._memory.run("end backward", self._embed, (grad, self._end.norm.normalised), work, _nothing)
         while self._blocks and first < position:
             position -= LAYERS_A_BLOCK
-            grad = self._backward_of(self._blocks.pop(), grad, deliver, position, first)
+            block, number = self._blocks.pop(), len(self._blocks)
+            left_out = max(first - position, 0)
+            choice = (self._embed, *self._choices[number], left_out)
+            work = partial(self._backward_of, block, grad, position, left_out)
+            grad = self._memory.run(("block backward", number), choice, (grad, block.post), work, deliver)
         if first < LAYERS_BEFORE:
             deliver(0, self._patches, grad[:, 1:], self._ends.patches[0])
 
+    def _start(self, empty: Empty, _: Emit) -> Tensor:
+        """Returns the tokens [S, T, embed] that enter the first block."""
+        patches, ends = self._patches, self._ends
+        size = (len(patches), 1 + patches.shape[1], self._embed)
+        tokens = empty(size, dtype=patches.dtype, device=patches.device)
+        torch.add(ends.class_token, ends.positions[:, :1], out=tokens[:1, :1])
+        tokens[1:, :1] = tokens[:1, :1]
+        torch.add(F.linear(patches, *ends.patches), ends.positions[:, 1:], out=tokens[:, 1:])
+        return tokens
+
+    def _block(
+        self,
+        number: int,
+        x: Tensor,
+        change: Tensor | None,
+        weights: BlockWeights,
+        packs: bool,
+        empty: Empty,
+        emit: Emit,
+    ) -> _Block:
+        """Takes the tokens as a sum yet to be made, and returns them so: a normalisation makes it on the way."""
+        attention_norm = NormalisedSum.of(x, change, *weights.attention_norm, empty=empty)
+        qkv = _linear(attention_norm.normalised, weights.queries, empty)
+        attention = RelativeAttention.of(
+            qkv, weights.key_tables, weights.value_tables, heads=weights.heads, grid=self._grid, empty=empty
+        )
+        change = F.linear(attention.output, *weights.projection)
+        mlp_norm = NormalisedSum.of(attention_norm.total, change, *weights.mlp_norm, empty=empty)
+        pre = _linear(mlp_norm.normalised, weights.widen, empty)
+        post, words = self._activate(pre, packs, empty)
+        if words is not None:
+            emit(number, words)
+        change = _linear(post, weights.narrow, empty)
+        return _Block(weights, attention_norm, attention, mlp_norm, pre, post, change)
+
+    def _finish(self, x: Tensor, change: Tensor | None, empty: Empty, _: Emit) -> _End:
+        norm = NormalisedSum.of(x, change, *self._ends.norm, empty=empty)
+        pooled = empty((len(x), self._embed), dtype=x.dtype, device=x.device)
+        torch.mean(norm.normalised[:, 1:], dim=1, out=pooled)
+        return _End(norm, pooled, _linear(pooled, self._ends.head, empty))
+
+    def _backward_of_end(self, end: _End, grad: Tensor, empty: Empty, _: Emit) -> Tensor:
+        grad_pooled = torch.matmul(grad, self._ends.head[0])
+        spread = torch.zeros_like(end.norm.normalised)
+        spread[:, 1:] = (grad_pooled / (spread.shape[1] - 1)).unsqueeze(1)
+        return end.norm.backward(spread, empty=empty)
+
     @staticmethod
-    def _backward_of(block: _Block, grad: Tensor, deliver: Deliver, position: int, first: int) -> Tensor:
-        """Returns the gradient at the input of a block whose layers begin at `position`; none below `first` counts."""
+    def _backward_of(
+        block: _Block, grad: Tensor, position: int, left_out: int, empty: Empty, deliver: Deliver
+    ) -> Tensor:
+        """Returns the gradient at the input of a block whose layers begin at `position`.
+
+        Its first `left_out` layers are not wanted, nor is a gradient further down then.
+        """
         queries, projection = block.weights.queries[0], block.weights.projection[0]
         widen, narrow = block.weights.widen[0], block.weights.narrow[0]
         deliver(position + 3, block.post, grad, narrow)
-        grad_pre = activation_backward(torch.matmul(grad, narrow), block.pre, "gelu")
+        grad_pre = activation_backward(torch.matmul(grad, narrow), block.pre, "gelu", empty=empty)
         deliver(position + 2, block.mlp_norm.normalised, grad_pre, widen)
-        if first >= position + 2:
+        if left_out >= 2:
             return grad
-        grad = block.mlp_norm.backward(torch.matmul(grad_pre, widen), grad)
+        grad = block.mlp_norm.backward(torch.matmul(grad_pre, widen), grad, empty=empty)
         deliver(position + 1, block.attention.output, grad, projection)
-        grad_qkv = block.attention.backward(torch.matmul(grad, projection))
+        grad_qkv = block.attention.backward(torch.matmul(grad, projection), empty=empty)
         deliver(position, block.attention_norm.normalised, grad_qkv, queries)
-        return block.attention_norm.backward(torch.matmul(grad_qkv, queries), grad)
+        return block.attention_norm.backward(torch.matmul(grad_qkv, queries), grad, empty=empty)
+
+
+def _linear(x: Tensor, map_: Pair, empty: Empty) -> Tensor:
+    """Returns a linear map of the rows of a contiguous x."""
+    weight, bias = map_
+    result = empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
+    torch.addmm(bias, x.view(-1, x.shape[-1]), weight.t(), out=result.view(-1, len(weight)))
+    return result
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _nothing(*_: Any) -> None:
+    """Takes what stretches hand over that hand over nothing."""

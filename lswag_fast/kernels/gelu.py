@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import Empty, empty_like
 from .arithmetic import narrow
 from .launch import MOST_LAUNCHES, Launch
 from .variant import Variant
@@ -56,13 +57,13 @@ def backward_kernel(gradient, saved, result, count, KIND: tl.constexpr, BLOCK: t
     tl.store(result + place, narrow(d * slope(x, KIND), result.dtype.element_ty), mask=inside)
 
 
-def backward(gradient: Tensor, saved: Tensor, kind: str) -> Tensor:
+def backward(gradient: Tensor, saved: Tensor, kind: str, empty: Empty = torch.empty) -> Tensor:
     """Returns the gradient at the input of an activation, in the layout of `saved`.
 
     `saved` is the input (of relu its result will do), dense in some order of its axes, `gradient` of the same strides
     and dtype.
     """
-    result = torch.empty_like(saved)
+    result = empty_like(saved, empty)
     count = saved.numel()
     if count:
         _launch(count, kind, saved.dtype, saved.device)(gradient, saved, result)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import Empty, empty_like
 from .arithmetic import narrow
 from .launch import MOST_LAUNCHES, Launch, power_of_two
 from .variant import Variant
@@ -132,7 +133,12 @@ def _tile(columns: int) -> dict[str, int]:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x + residual (x itself without one), that normalised, and its statistics [2, rows], float32.
 
@@ -140,9 +146,9 @@ def forward(
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
-    normalised = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
-    statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    normalised = empty_like(x, empty)
+    total = x if residual is None else empty_like(x, empty)
+    statistics = empty((2, rows), dtype=torch.float32, device=x.device)
     if rows:
         given = (residual is not None, weight is not None, bias is not None)
         launch = _forward_launch(rows, columns, eps, given, x.dtype, x.device)
@@ -167,6 +173,7 @@ def backward(
     grad_total: Tensor | None,
     grad_normalised: Tensor,
     with_parameters: bool,
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradient of `total`, and where asked for the weight's and the bias's, [2, columns] float32.
 
@@ -174,7 +181,7 @@ def backward(
     """
     columns = total.shape[-1]
     rows = total.numel() // columns
-    grad_x = torch.empty_like(total)
+    grad_x = empty_like(total, empty)
     given = (grad_total is not None, weight is not None, with_parameters)
     launch, programs = _backward_launch(rows, columns, given, total.dtype, total.device)
     parts = None

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import Empty
 from .arithmetic import multiply, narrow
 from .launch import MOST_LAUNCHES, Launch, power_of_two
 from .relative_places import by_place, by_slot, indicator, load_tables, load_tokens
@@ -158,7 +159,12 @@ def rows_apart(qkv: Tensor) -> Tensor:
 
 
 def forward(
-    qkv: Tensor, tables: list[Tensor], heads: int, grid: tuple[int, int], scale: float
+    qkv: Tensor,
+    tables: list[Tensor],
+    heads: int,
+    grid: tuple[int, int],
+    scale: float,
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [S, T, H*D], and log2 of each query's sum of exponentials, [S, H, T] float32.
 
@@ -166,8 +172,8 @@ def forward(
     contiguous, of its dtype.
     """
     samples, tokens, _ = qkv.shape
-    out = torch.empty(samples, tokens, heads * HEAD_DIM, dtype=qkv.dtype, device=qkv.device)
-    softmax = torch.empty(samples, heads, tokens, dtype=torch.float32, device=qkv.device)
+    out = empty((samples, tokens, heads * HEAD_DIM), dtype=qkv.dtype, device=qkv.device)
+    softmax = empty((samples, heads, tokens), dtype=torch.float32, device=qkv.device)
     if samples:
         given = (samples, heads, grid, tables[0].shape[0], scale, qkv.stride(0), qkv.stride(1))
         launch, places = _launch(*given, qkv.dtype, qkv.device)

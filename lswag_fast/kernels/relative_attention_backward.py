@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import Empty
 from .arithmetic import multiply, narrow
 from .launch import MOST_LAUNCHES, Launch
 from .relative_attention import HEAD_DIM, LOG2_E, shape_constants
@@ -231,6 +232,7 @@ def backward(
     softmax: Tensor,
     grad_out: Tensor,
     wanted: tuple[bool, bool],
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """Returns the gradients of `qkv` and of the four tables, each where `wanted`; in the dtype of `qkv`.
 
@@ -241,7 +243,7 @@ def backward(
     given = (samples, heads, grid, table_rows, scale, qkv.stride(0), qkv.stride(1), wanted[1], qkv.dtype, qkv.device)
     launches = _launches(*given)
     at_place = indicator(grid, launches.places, qkv.dtype, qkv.device)
-    grad_qkv = torch.empty(samples, tokens, width, dtype=qkv.dtype, device=qkv.device)
+    grad_qkv = empty((samples, tokens, width), dtype=qkv.dtype, device=qkv.device)
     of_places = torch.empty(samples, heads, tokens, 6 * launches.places, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(softmax)
     parts_shape = (launches.programs if wanted[1] else 0, 2, 2, launches.slots, HEAD_DIM)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _C, backends
 from ..errors import InputError
+from ..memory import Empty, empty_like
 from ..options import MAX_SAMPLES
 from .arrays import as_tensor, refusals
 
@@ -70,13 +71,16 @@ def pack_signs(
     return words
 
 
-def activate_and_pack(pre: Tensor, kind: str, *, samples: int | None = None) -> tuple[Tensor, Tensor]:
+def activate_and_pack(
+    pre: Tensor, kind: str, *, samples: int | None = None, empty: Empty = torch.empty
+) -> tuple[Tensor, Tensor]:
     """Applies an activation function and packs the signs of its result, in one pass.
 
     Args:
         pre: pre-activation [S, ...], float32, bfloat16 or float16, a tensor or any DLPack array.
         kind: one of `ACTIVATIONS`. Computed in float32; gelu to 2.4e-7, where 1 + erf in float32 loses 1.2e-6.
         samples: pack only the first so many samples; the function is applied to all.
+        empty: where both results are put.
 
     Returns:
         The post-activation, of the dtype and shape of `pre`, and the words int64 [W, P] of exactly its values > 0.
@@ -88,8 +92,8 @@ def activate_and_pack(pre: Tensor, kind: str, *, samples: int | None = None) -> 
         raise InputError(f"kind must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
     pre = _tensor(pre, "pre")
     count = _sample_count(pre, samples, 0)
-    post = torch.empty_like(pre)
-    words, _ = _words_for(pre, None, 0, count)
+    post = empty_like(pre, empty)
+    words, _ = _words_for(pre, None, 0, count, empty)
     _pack(pre, post, words, 1 + ACTIVATIONS.index(kind), 0, count, False)
     return post, words
 
@@ -275,7 +279,9 @@ def _sample_count(activation: Tensor, samples: int | None, first_sample: int) ->
     return count
 
 
-def _words_for(activation: Tensor, words: Tensor | None, first_sample: int, count: int) -> tuple[Tensor, bool]:
+def _words_for(
+    activation: Tensor, words: Tensor | None, first_sample: int, count: int, empty: Empty = torch.empty
+) -> tuple[Tensor, bool]:
     """Returns the words to write for `count` samples, and whether the kernel has to keep the bits they hold."""
     if words is not None and words.device != activation.device:
         raise InputError(f"words must be on the activation's device {activation.device}, got {words.device}")
@@ -283,8 +289,8 @@ def _words_for(activation: Tensor, words: Tensor | None, first_sample: int, coun
     rows = words_per_pattern(first_sample + count)
     if words is None:
         partly = first_sample > 0 or count < activation.shape[0]
-        fresh = torch.zeros if partly else torch.empty
-        return fresh(rows, positions, dtype=torch.int64, device=activation.device), partly
+        words = empty((rows, positions), dtype=torch.int64, device=activation.device)
+        return words.zero_() if partly else words, partly
     if words.dtype != torch.int64 or words.dim() != 2 or words.shape[1] != positions or not words.is_contiguous():
         raise InputError(
             f"words must be contiguous int64 [W, P] with the activation's P = {positions}, "

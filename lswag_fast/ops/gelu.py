@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import InputError
+from ..memory import Empty
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
@@ -26,6 +27,8 @@ def activation_backward(
     grad: Tensor,  # [...]
     saved: Tensor,  # [...]
     kind: str,
+    *,
+    empty: Empty = torch.empty,
 ) -> Tensor:  # [...]
     """Returns the gradient at the input of an activation: `grad` times its derivative there.
 
@@ -34,6 +37,7 @@ def activation_backward(
             all others by torch.
         saved: Its input, of the shape, dtype and device of `grad`; of relu its output will do.
         kind: relu, relu6, gelu (by the error function), gelu_tanh, silu or hardswish.
+        empty: Where the kernel, if it runs, puts the result.
 
     Returns:
         The gradient, in the dtype of `grad`.
@@ -60,4 +64,4 @@ def activation_backward(
         saved = saved.contiguous()
     if grad.stride() != saved.stride():
         grad = torch.empty_like(saved).copy_(grad)
-    return gelu.backward(grad, saved, kind)
+    return gelu.backward(grad, saved, kind, empty)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..errors import InputError
+from ..memory import Empty
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_COLUMNS = 8192
@@ -78,20 +79,28 @@ class NormalisedSum:
     _statistics: tuple[Tensor, ...]  # of the kernel, or mean and reciprocal deviation of torch
 
     @staticmethod
-    def of(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> NormalisedSum:
-        """Returns `total = x + residual` (x where None) and its layer_norm, in one pass over memory where fused."""
+    def of(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        eps: float = 1e-5,
+        empty: Empty = torch.empty,
+    ) -> NormalisedSum:
+        """Returns `total = x + residual` (x where None) and its layer_norm, where fused in one pass, put in `empty`."""
         _check(x, residual, weight, bias)
         if _fused(x):
-            total, normalised, statistics = _forward(x, residual, weight, bias, eps)
+            total, normalised, statistics = _forward(x, residual, weight, bias, eps, empty)
             return NormalisedSum(total, normalised, weight, (statistics,))
         total = x if residual is None else x + residual
         normalised, *both = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
         return NormalisedSum(total, normalised, weight, tuple(both))
 
-    def backward(self, of_normalised: Tensor, of_total: Tensor | None = None) -> Tensor:
+    def backward(self, of_normalised: Tensor, of_total: Tensor | None = None, *, empty: Empty = torch.empty) -> Tensor:
         """Returns the gradient at x, from those at `normalised` and at `total`; residual has the same."""
         if len(self._statistics) == 1:
-            return _backward(self.total, self._weight, self._statistics[0], of_total, of_normalised, False)[0]
+            return _backward(self.total, self._weight, self._statistics[0], of_total, of_normalised, False, empty)[0]
         backward = torch.ops.aten.native_layer_norm_backward
         shape, mask = list(self._weight.shape), [True, False, False]
         grad: Tensor = backward(of_normalised, self.total, shape, *self._statistics, self._weight, None, mask)[0]
@@ -123,13 +132,18 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the total, it normalised, and the statistics of its rows, by the kernel."""
     from ..kernels import layer_norm as kernel
 
     residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
-    return kernel.forward(x.contiguous(), residual, weight, bias, eps)
+    return kernel.forward(x.contiguous(), residual, weight, bias, eps, empty)
 
 
 def _backward(
@@ -139,12 +153,14 @@ def _backward(
     of_total: Tensor | None,
     of_normalised: Tensor,
     of_parameters: bool,
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradient at the total, and those of weight and bias [2, C] where asked, by the kernel."""
     from ..kernels import layer_norm as kernel
 
     of_total = None if of_total is None else of_total.contiguous()
-    return kernel.backward(total.contiguous(), weight, statistics, of_total, of_normalised.contiguous(), of_parameters)
+    of_normalised = of_normalised.contiguous()
+    return kernel.backward(total.contiguous(), weight, statistics, of_total, of_normalised, of_parameters, empty)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import backends
 from ..errors import InputError
+from ..memory import Empty
 from .arrays import as_tensor, refusals
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,12 +77,12 @@ def relative_attention(
     return output
 
 
-@dataclass
+@dataclass(frozen=True)
 class RelativeAttention:
     """`relative_attention` with what its gradient in `qkv` needs; where it runs natively no graph is kept."""
 
     output: Tensor  # [S, T, H*D]
-    _gradient: Callable[[Tensor], Tensor] | None
+    _gradient: Callable[[Tensor, Empty], Tensor]
 
     @staticmethod
     def of(
@@ -91,8 +92,12 @@ class RelativeAttention:
         *,
         heads: int,
         grid: tuple[int, int],
+        empty: Empty = torch.empty,
     ) -> RelativeAttention:
-        """Takes contiguous tables in the dtype of `qkv`; else as `relative_attention`, with its errors."""
+        """Takes contiguous tables in the dtype of `qkv`; else as `relative_attention`, with its errors.
+
+        Where it runs natively, results are put in `empty`.
+        """
         tables = [*key_tables, *value_tables]
         _check(qkv, key_tables, value_tables, heads, grid, None)
         function = _native(qkv, tables, heads, grid)
@@ -100,18 +105,16 @@ class RelativeAttention:
             return _of_graph(qkv, key_tables, value_tables, heads, grid)
         scale = _head_dim(qkv, heads) ** -0.5
         if function is _TritonRelativeAttention:
-            return _of_kernels(qkv, tables, heads, grid, scale)
+            return _of_kernels(qkv, tables, heads, grid, scale, empty)
         layout = (heads, *grid)
         qkv = qkv.contiguous()
-        output, softmax = _forward(qkv, tables, layout, scale)
+        output, softmax = _forward(qkv, tables, layout, scale, empty)
         gradient = partial(_backward, qkv, softmax, tables, layout, scale, of_tables=False)
-        return RelativeAttention(output, lambda grad_output: gradient(grad_output)[0])
+        return RelativeAttention(output, lambda grad_output, empty: gradient(grad_output, empty=empty)[0])
 
-    def backward(self, grad_output: Tensor) -> Tensor:
-        """Returns the gradient at `qkv`, from that at `output`, and frees what it takes: it runs once."""
-        gradient, self._gradient = self._gradient, None
-        assert gradient is not None, "the gradient has been taken"
-        return gradient(grad_output)
+    def backward(self, grad_output: Tensor, *, empty: Empty = torch.empty) -> Tensor:
+        """Returns the gradient at `qkv`, from that at `output`."""
+        return self._gradient(grad_output, empty)
 
 
 def relative_attention_torch(
@@ -242,33 +245,42 @@ def _of_graph(
     with torch.enable_grad():
         leaf = qkv.detach().requires_grad_()
         output = relative_attention_torch(leaf, key_tables, value_tables, heads=heads, grid=grid)
-    return RelativeAttention(output.detach(), lambda grad: torch.autograd.grad(output, leaf, grad)[0])
+
+    def gradient(grad: Tensor, _: Empty) -> Tensor:
+        return torch.autograd.grad(output, leaf, grad, retain_graph=True)[0]
+
+    return RelativeAttention(output.detach(), gradient)
 
 
 def _of_kernels(
-    qkv: Tensor, tables: list[Tensor], heads: int, grid: tuple[int, int], scale: float
+    qkv: Tensor, tables: list[Tensor], heads: int, grid: tuple[int, int], scale: float, empty: Empty
 ) -> RelativeAttention:
     from ..kernels import relative_attention as kernel
     from ..kernels.relative_attention_backward import backward
 
     qkv = kernel.rows_apart(qkv)
-    output, softmax = kernel.forward(qkv, tables, heads, grid, scale)
+    output, softmax = kernel.forward(qkv, tables, heads, grid, scale, empty)
 
-    def gradient(grad_output: Tensor) -> Tensor:
-        grad_qkv, _ = backward(
-            qkv, tables, heads, grid, scale, output, softmax, grad_output.contiguous(), (True, False)
-        )
+    def gradient(grad_output: Tensor, empty: Empty) -> Tensor:
+        grad_output = grad_output.contiguous()
+        grad_qkv, _ = backward(qkv, tables, heads, grid, scale, output, softmax, grad_output, (True, False), empty)
         assert grad_qkv is not None
         return grad_qkv
 
     return RelativeAttention(output, gradient)
 
 
-def _forward(qkv: Tensor, tables: list[Tensor], layout: tuple[int, int, int], scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    qkv: Tensor,
+    tables: list[Tensor],
+    layout: tuple[int, int, int],
+    scale: float,
+    empty: Empty = torch.empty,
+) -> tuple[Tensor, Tensor]:
     """Returns the output and what the gradient needs of the softmax, by the kernels in C++; on meta their shapes."""
     samples, tokens, width = qkv.shape
-    out = qkv.new_empty(samples, tokens, width // 3)
-    softmax = qkv.new_empty(samples, layout[0], tokens, 2, dtype=torch.float32)
+    out = empty((samples, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    softmax = empty((samples, layout[0], tokens, 2), dtype=torch.float32, device=qkv.device)
     if qkv.device.type == "cpu" and samples > 0:
         from .. import _C
 
@@ -289,9 +301,10 @@ def _backward(
     grad_out: Tensor,
     *,
     of_tables: bool,
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns the gradient of `qkv`, and where asked those of the tables, by the kernels in C++."""
-    grad_qkv = torch.empty_like(qkv)
+    grad_qkv = empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     grad_tables = [torch.zeros_like(table) for table in tables] if of_tables else []
     if qkv.device.type == "cpu" and qkv.shape[0] > 0:
         from .. import _C

@@ -100,8 +100,12 @@ class PassStatistics:
         """Computes an activation of pre [S, ...] and packs the signs of its values in the same pass."""
         with self._clock(Need.PATTERNS.name):
             post, words = activate_and_pack(pre, kind, samples=self._pattern_samples)
-        self._words[activation.call] = words
+        self.packed(activation, words)
         return post
+
+    def packed(self, activation: Activation, words: Tensor) -> None:
+        """Takes the words of an activation, which `activate_and_pack` packed of the first `pattern_samples` samples."""
+        self._words[activation.call] = words
 
     def activated(self, activation: Activation, post: Tensor, first_sample: int) -> None:
         """Packs the signs of post [s, ...], which holds the samples from `first_sample` on."""
