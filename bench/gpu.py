@@ -17,27 +17,21 @@ import math
 import os
 import shutil
 import sys
-import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import float64_ranking as fixed
 import measure
-import per_sample_gradients
 import torch
-import torch.nn.functional as F
 from gpu_cases import MIDDLE, Case, cases, depthwise_cases, moments_case
-from original_autoformer import original_candidate
+from gpu_subject import Subject
+from gpu_timing import rates, timed
 from steps import Rows, Step, rows_path, run
-from torch import Tensor
 
-from lswag_fast import images, spaces
 from lswag_fast.backends import preferring
 from lswag_fast.correlation import kendall_tau
 from lswag_fast.engine.autoformer import AutoFormerEngine
@@ -54,12 +48,8 @@ BUDGET = {
     "wgmma": 20,
 }
 """Seconds a step may take; with the build they are eight minutes."""
-ROUNDS = 20
-PRODUCT = 8192
-COPY_BYTES = 2**32
 CACHE_BYTES = 2**28
 """Operands of one kernel are rotated through several times the cache."""
-SLEEP_CYCLES, CYCLES_A_SECOND = 20_000_000, 2_000_000_000
 
 
 def step(name: str, folder: Path) -> Step:
@@ -88,45 +78,6 @@ def step(name: str, folder: Path) -> Step:
     return Step(name, seconds, command, "compute-sanitizer is not installed", environment)
 
 
-def timed(call: Callable[[], Any], rounds: int = ROUNDS, *, waits: bool = False) -> dict[str, float]:
-    """Returns the median seconds of a call on the device, and of its launch on the host.
-
-    The device first sleeps, longer than a launch takes, so that it is the device that is timed and not the launch; a
-    call that `waits` for the device is timed by the clock instead.
-    """
-    launch = 0.0
-    for _ in range(3):
-        began = time.perf_counter()
-        call()
-        launch = time.perf_counter() - began
-    torch.cuda.synchronize()
-    cycles = max(SLEEP_CYCLES, int(2 * launch * CYCLES_A_SECOND))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    host = []
-    for start, end in events:
-        if not waits:
-            torch.cuda._sleep(cycles)
-        start.record()
-        began = time.perf_counter()
-        call()
-        host.append(time.perf_counter() - began)
-        end.record()
-        torch.cuda.synchronize()
-    if waits:
-        return {"seconds": median(host), "host_seconds": median(host)}
-    return {"seconds": median(a.elapsed_time(b) for a, b in events) / 1e3, "host_seconds": median(host)}
-
-
-def rates() -> dict[str, float]:
-    """Returns what this GPU does at most: bytes a second of a copy (read and written), bf16 FLOP a second."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = 2 * COPY_BYTES / timed(lambda: target.copy_(source))["seconds"]
-    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * PRODUCT**3 / timed(lambda: a @ b)["seconds"]
-    return {"copy_bytes_per_second": copy, "bfloat16_flops_per_second": product}
-
-
 def score_step(rows: Rows) -> None:
     """Finds how fast whole scores are beside plain passes, and how they rank."""
     peaks = rates()
@@ -135,6 +86,8 @@ def score_step(rows: Rows) -> None:
     for name, subject in subjects.items():
         rows.attempt(partial(timed, subject.score, waits=True), name, "score")
         rows.attempt(partial(timed, subject.launch), name, "launch of a score, the device behind")
+        rows.attempt(partial(timed, subject.plain.score, waits=True), name, "score, without CUDA graphs")
+        rows.attempt(partial(timed, subject.plain.launch), name, "launch of a score, without CUDA graphs")
         rows.attempt(subject.candidates_a_minute, name, "candidates a minute")
         rows.add(subject.products_floor(peaks), name, "floor_seconds_of_products_alone")
         for how in ("published formulation", "space.build"):
@@ -167,87 +120,6 @@ def ranking(dtype: str) -> dict[str, Any]:
         "largest_error_of_a_log_term": max(map(fixed.log_term_error, results, lines)),
         "same_bits_again": [engine.score(line["arch"]).lswag for line in lines[:20]] == scores[:20],
     }
-
-
-class Subject:
-    """The middle candidate of a space, its supernet and Gaussian images, on the GPU."""
-
-    def __init__(self, name: str, samples: int) -> None:
-        self.space = spaces.get(name, image_size=224, patch_size=16, num_classes=1000)
-        self.arch = self.space.canonical(MIDDLE[name])
-        self.samples = samples
-        data = images.load("noise", samples, image_size=224, seed=0)
-        options = ScoreOptions(dtype="bfloat16", device="cuda").resolved(samples)
-        self.supernet = self.space.supernet(seed=0)
-        self.engine = AutoFormerEngine(self.supernet, data.images, data.labels, None, options)
-        self.images, self.labels = data.images.cuda().bfloat16(), data.labels.cuda()
-
-    def score(self) -> Any:
-        return self.engine.score(self.arch)
-
-    def launch(self) -> Any:
-        return self.engine.launch(self.arch)
-
-    def plain_pass(self, how: str) -> dict[str, float]:
-        """Returns the times of a plain bfloat16 forward and backward pass to every parameter, and with a wait after."""
-        if how == "space.build":
-            model = self.space.build(self.arch, supernet=self.supernet)
-        else:
-            model = original_candidate(self.space, self.arch, self.supernet.subnet(self.arch).state_dict())
-        call = partial(_plain_pass, model.to("cuda", torch.bfloat16), self.images, self.labels)
-
-        def waiting() -> None:
-            call()
-            torch.cuda.synchronize()
-
-        return {**timed(call), "seconds_with_a_wait": timed(waiting, waits=True)["seconds"]}
-
-    def candidates_a_minute(self, candidates: int = 64) -> dict[str, float]:
-        """Returns how many different ones are scored a minute, by how many are under way at a time."""
-        archs = list(self.space.sample(candidates, seed=1))
-        for arch in archs[:8]:
-            self.engine.score(arch)
-        found = {}
-        for most, how in ((1, "one at a time"), (2, "two in flight")):
-            pending: deque[Any] = deque()
-            started = time.perf_counter()
-            for arch in archs:
-                pending.append(self.engine.launch(arch))
-                if len(pending) == most:
-                    pending.popleft().finish()
-            while pending:
-                pending.popleft().finish()
-            found[how] = 60 * candidates / (time.perf_counter() - started)
-        return found
-
-    def peer(self, how: str) -> Callable[[], Any]:
-        """Returns a run of another way to Lambda, on the published formulation in bfloat16."""
-        published = original_candidate(self.space, self.arch, self.supernet.subnet(self.arch).state_dict())
-        model = per_sample_gradients.with_plain_modules(published.to("cuda", torch.bfloat16))
-        run: Callable[[], Any] = getattr(per_sample_gradients, how)(model, self.images, self.labels)
-        return run
-
-    def profile(self) -> dict[str, Any]:
-        """Returns what the device does for one score: how many launches, their milliseconds, and both by kernel."""
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            self.score()
-        on_device = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-        longest = sorted(on_device, key=lambda e: -e.self_device_time_total)[:25]
-        return {
-            "launches": sum(e.count for e in on_device),
-            "milliseconds": sum(e.self_device_time_total for e in on_device) / 1e3,
-            "longest": {e.key[:80]: [e.count, e.self_device_time_total / 1e3] for e in longest},
-        }
-
-    def products_floor(self, rates: dict[str, float]) -> float:
-        """Returns the seconds of the multiplications of one forward and backward pass, memory left out."""
-        return 6 * self.space.macs(self.arch) * self.samples / rates["bfloat16_flops_per_second"]
-
-
-def _plain_pass(model: torch.nn.Module, pictures: Tensor, labels: Tensor) -> None:
-    F.cross_entropy(model(pictures).float(), labels).backward()
-    model.zero_grad(set_to_none=True)
 
 
 def peers_step(rows: Rows) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import measure
 import torch
-from gpu import timed
 from gpu_cases import MIDDLE, linear_shapes
+from gpu_timing import timed
 
 from lswag_fast.kernels.gradient_moments_launch import Placed, architecture_of, launch
 from lswag_fast.kernels.gradient_moments_layout import Weight, layout_of

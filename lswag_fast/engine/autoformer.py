@@ -72,10 +72,11 @@ class AutoFormerEngine:
             labels = class_labels(labels, len(images), self._classes, options.seed)
         self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
         self._loss: Loss = CrossEntropy() if loss is None else loss
-        # Events in a recorded launch tell no time.
-        in_place = self._device.type == "cuda" and not clock_of(options).running and graphs_wanted()
         self._recorder: Callable[[], Recorder] = partial(CudaGraphs, self._device)
-        self._places = Places(self._in_place, MOST_IN_FLIGHT if in_place else 0)
+        # Other proxies run passes of their own after this one, and time it by events, which a CUDA graph cannot hold.
+        self.in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" and not clock_of(options).running else 1
+        """How many candidates to launch before the first of them is read."""
+        self._places = Places(self._in_place, self.in_flight if self.in_flight > 1 and graphs_wanted() else 0)
 
     def score(self, arch: Arch) -> LswagResult:
         """Returns the score of a candidate in canonical form.

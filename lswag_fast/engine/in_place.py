@@ -7,13 +7,14 @@ whenever it does: it is run twice, recorded the third time, and from then on a l
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from ..memory import Empty
 
 RUNS_BEFORE_RECORDING = 2
 """Recording costs a few times what it saves once, and needs kernels that are loaded."""
+STREAMS = 32
+"""That torch hands out in turn, again and again."""
 
 Result = TypeVar("Result")
 Emit = Callable[..., None]
@@ -145,6 +148,8 @@ class InPlace:
             reason = str(error).partition("\n")[0]
             warnings.warn(f"launches are not recorded as CUDA graphs: {reason}", stacklevel=2)
             self._recorder = None
+            for recorded in self._stretches.values():
+                recorded.replay = None  # the failed graph may take with it what the others read
 
 
 @dataclass
@@ -228,17 +233,28 @@ class Places:
 class CudaGraphs:
     """Records work on a device as CUDA graphs, which share the memory that they need while they run.
 
-    They may run in any order, but one after the other, on one stream.
+    They may run in any order, but one after the other, on one stream, and go all together: when a graph goes, torch
+    (some versions: pytorch/pytorch#193402) frees the workspace of the matrix products that were recorded on the same
+    stream, so that no two recorders may share one, either.
     """
 
+    _by_stream: ClassVar[weakref.WeakValueDictionary[int, CudaGraphs]] = weakref.WeakValueDictionary()
+
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if stream.cuda_stream not in self._by_stream:
+                break
+        else:
+            raise RuntimeError(f"{STREAMS} recorders are in use at once, each with a stream of its own")
+        self._by_stream[stream.cuda_stream] = self
+        self._stream = stream
 
     def __call__(self, work: Callable[[], Result]) -> tuple[Result, Replay]:
         """Returns the result and the graph's launch; raises RuntimeError where the work cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _no_collection():
             # Other threads may do as they like meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -249,3 +265,15 @@ class CudaGraphs:
                 raise
             graph.capture_end()
         return result, graph.replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps garbage: a graph that is collected while another is captured would spoil it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

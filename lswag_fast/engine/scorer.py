@@ -6,8 +6,10 @@ import gc
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -16,13 +18,13 @@ from torch import Tensor, nn
 
 from .. import scoring
 from ..backends import resolve_device
-from ..errors import InputError, StoreError
+from ..errors import InputError, StoreError, is_out_of_memory
 from ..losses import class_labels
 from ..options import ScoreOptions
 from ..proxies.result import LswagResult
 from ..records import Record
 from ..store import Store
-from .autoformer import engine_for
+from .autoformer import PendingScore, engine_for
 from .identity import Context, describe_loss
 
 COMMIT_SECONDS = 0.5
@@ -112,6 +114,7 @@ class Scorer:
         self.context = Context.of(space.options, images, labels, self.options, weights, named_loss)
         self._supernet = space.supernet(seed) if supernet is None and hasattr(space, "supernet") else supernet
         self._engine = engine_for(self._supernet, images, labels, loss, self.options)
+        self._in_flight = 1 if self._engine is None else self._engine.in_flight
         self._owns_store = not isinstance(store, Store)
         self.store = store if isinstance(store, Store) else Store(store)
         self.run = self.store.begin_run(
@@ -132,7 +135,9 @@ class Scorer:
     def score(self, archs: Iterable[Arch]) -> Iterator[Record]:
         """Yields one record a candidate of `archs`, each after its commit, in the order they finish.
 
-        `archs` may be an endless stream: it is read at most some hundred candidates ahead, and memory stays flat. A
+        `archs` may be an endless stream: it is read at most some hundred candidates ahead, and memory stays flat. On a
+        CUDA device a candidate of a supernet is launched before the one in front of it is read, so that their `seconds`
+        overlap. A
         candidate that the store holds already, or that came before in the stream, is yielded with `reused` true; one
         that fails is recorded with its error; those that another process is scoring now are waited for.
 
@@ -181,20 +186,49 @@ class Scorer:
     def _finish(self, owner: str, claimed: Mapping[str, _Candidate]) -> list[Record]:
         """Scores claimed candidates until a commit is due, and returns the records committed."""
         records: list[Record] = []
+        under_way: deque[tuple[_Candidate, PendingScore]] = deque()
         due = time.monotonic() + COMMIT_SECONDS
         try:
             for candidate in claimed.values():
-                records.append(self._record(candidate))
+                pending = self._launched(candidate)
+                if pending is not None:
+                    under_way.append((candidate, pending))
+                while under_way and (pending is None or len(under_way) == self._in_flight):
+                    records.append(self._read(*under_way.popleft()))
+                if pending is None:
+                    records.append(self._record(candidate, partial(self._scored, candidate.arch)))
                 if time.monotonic() >= due:
                     break
+            while under_way:
+                records.append(self._read(*under_way.popleft()))
         finally:  # an interrupt keeps what was finished
             committed = self.store.commit(owner, self.run, records)
         return committed
 
-    def _record(self, candidate: _Candidate) -> Record:
+    def _launched(self, candidate: _Candidate) -> PendingScore | None:
+        """Starts a score beside others; None: it must be scored alone, also where its start has failed."""
+        if self._engine is None or self._in_flight == 1:
+            return None
+        try:
+            return self._engine.launch(candidate.arch)
+        except Exception:
+            return None
+
+    def _read(self, candidate: _Candidate, pending: PendingScore) -> Record:
+        def finish() -> LswagResult:
+            try:
+                return pending.finish()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            return self._scored(candidate.arch)
+
+        return self._record(candidate, finish)
+
+    def _record(self, candidate: _Candidate, score: Callable[[], LswagResult]) -> Record:
         started = time.monotonic()
         try:
-            return Record.of(candidate.key, candidate.arch, self._scored(candidate.arch))
+            return Record.of(candidate.key, candidate.arch, score())
         except (InputError, StoreError):
             raise
         except Exception as error:

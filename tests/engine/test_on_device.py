@@ -78,13 +78,60 @@ def test_same_bits_in_any_order(supernet: spaces.AutoFormerSupernet, images: Ten
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
-def test_nothing_waits_for_the_device_before_the_end(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"window": (30, 70)}])
+def test_recorded_launches_give_the_same_bits(
+    supernet: spaces.AutoFormerSupernet,
+    images: Tensor,
+    dtype: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = engine(supernet, images, "cuda", dtype=dtype, **options)
+    monkeypatch.setenv("LSWAG_CUDA_GRAPHS", "off")
+    plain = engine(supernet, images, "cuda", dtype=dtype, **options)
+    archs, under_way = list(SPACE.sample(40, seed=5)), []
+    for arch in archs:
+        under_way.append(recorded.launch(arch))
+        if len(under_way) == 2:
+            check(under_way.pop(0).finish(), plain.score(archs[archs.index(arch) - 1]))
+            poison(recorded)
+    check(under_way.pop().finish(), plain.score(archs[-1]))
+    for arch in archs:
+        check(recorded.score(arch), plain.score(arch))
+        poison(recorded)
+    assert not plain._places._memories
+    assert len(recorded._places._memories) == 2
+    stretches = [stretch for memory in recorded._places._memories for stretch in memory._stretches.values()]
+    assert sum(stretch.replay is not None for stretch in stretches) > len(stretches) / 4
+
+
+def check(found: lswag_fast.LswagResult, expected: lswag_fast.LswagResult) -> None:
+    assert {**found.to_dict(), "seconds": 0, "proxy_seconds": 0} == {
+        **expected.to_dict(),
+        **{"seconds": 0, "proxy_seconds": 0},
+    }
+
+
+def poison(scored: AutoFormerEngine) -> None:
+    """Overwrites all memory that candidates lay in."""
+    for memory in scored._places._memories:
+        for shelf in memory._shelves.values() if memory.is_free else ():
+            for buffer in shelf._buffers:
+                buffer.fill_(255)
+
+
+@pytest.mark.parametrize("scores_before", [1, 2, 3])
+def test_nothing_waits_for_the_device_before_the_end(
+    supernet: spaces.AutoFormerSupernet, images: Tensor, scores_before: int
+) -> None:
     scored = engine(supernet, images, "cuda", dtype="bfloat16")
     arch = next(SPACE.sample(1, seed=3))
-    scored.score(arch)
+    for _ in range(scores_before):
+        scored.score(arch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = scored.launch(arch)
+        pending = scored.launch(arch)  # by kernels, while its graphs are captured, by its graphs
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert pending.finish().lswag == scored.score(arch).lswag

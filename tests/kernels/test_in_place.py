@@ -28,8 +28,8 @@ from lswag_fast.proxies import statistics
 from lswag_fast.proxies.result import LswagResult
 from lswag_fast.spaces.autoformer import Choices
 
-CHOICES = Choices((16, 24), (1, 2, 3), (1, 2), (2, 3), 256)
-SAMPLES = 4
+CHOICES = Choices((16, 24), (2, 3), (1, 2), (2,), 256)
+SAMPLES = 3
 
 
 class Recorder:
@@ -50,7 +50,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def supernet() -> spaces.AutoFormerSupernet:
-    return spaces.get("autoformer-tiny", image_size=48, num_classes=5).supernet(seed=0)
+    return spaces.get("autoformer-tiny", image_size=32, num_classes=5).supernet(seed=0)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def quick(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine(supernet: spaces.AutoFormerSupernet, recorder: Any = None, **options: Any) -> AutoFormerEngine:
-    images = torch.randn(SAMPLES, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(SAMPLES, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     resolved = ScoreOptions(device="cpu", dtype="float32", **options).resolved(SAMPLES)
     made = AutoFormerEngine(supernet, images, torch.arange(SAMPLES), None, resolved)
     made._space = SimpleNamespace(choices=CHOICES, macs=lambda arch: 1, params=lambda arch: 1)
@@ -109,13 +109,13 @@ def bits(result: LswagResult) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("options", [{}, {"window": (40, 80)}, {"window": (0, 40), "pattern_samples": 3}])
+@pytest.mark.parametrize("options", [{}, {"window": (30, 60)}, {"window": (0, 40), "pattern_samples": 2}])
 def test_each_candidate_has_the_score_it_has_alone(
     supernet: spaces.AutoFormerSupernet, options: dict[str, Any]
 ) -> None:
     alone, recorder = engine(supernet, **options), Recorder()
     in_place = engine(supernet, recorder, **options)
-    for arch in archs(24):
+    for arch in archs(32):
         assert bits(in_place.score(arch)) == bits(alone.score(arch))
         poison(in_place)
     assert len(in_place._places._memories) == 1
@@ -127,7 +127,7 @@ def test_each_candidate_has_the_score_it_has_alone(
 def test_candidates_in_flight_do_not_disturb_each_other(supernet: spaces.AutoFormerSupernet, in_flight: int) -> None:
     alone, recorder = engine(supernet), Recorder()
     in_place, pending = engine(supernet, recorder), []
-    for number, arch in enumerate(archs(16)):
+    for number, arch in enumerate(archs(32)):
         pending.append((arch, in_place.launch(arch)))
         poison(in_place)
         if len(pending) == in_flight:

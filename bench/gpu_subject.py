@@ -1,0 +1,120 @@
+"""The middle candidate of a space on a GPU: its score, plain passes and other ways to per-sample gradients."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import per_sample_gradients
+import torch
+import torch.nn.functional as F
+from gpu_cases import MIDDLE
+from gpu_timing import timed
+from original_autoformer import original_candidate
+from torch import Tensor
+
+from lswag_fast import images, spaces
+from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.options import ScoreOptions
+
+
+class Subject:
+    """The middle candidate of a space, its supernet and Gaussian images, on the GPU."""
+
+    def __init__(self, name: str, samples: int) -> None:
+        self.space = spaces.get(name, image_size=224, patch_size=16, num_classes=1000)
+        self.arch = self.space.canonical(MIDDLE[name])
+        self.samples = samples
+        data = images.load("noise", samples, image_size=224, seed=0)
+        options = ScoreOptions(dtype="bfloat16", device="cuda").resolved(samples)
+        self.supernet = self.space.supernet(seed=0)
+        self.engine = AutoFormerEngine(self.supernet, data.images, data.labels, None, options)
+        with without_graphs():
+            self.plain = AutoFormerEngine(self.supernet, data.images, data.labels, None, options)
+        self.images, self.labels = data.images.cuda().bfloat16(), data.labels.cuda()
+
+    def score(self) -> Any:
+        return self.engine.score(self.arch)
+
+    def launch(self) -> Any:
+        return self.engine.launch(self.arch)
+
+    def plain_pass(self, how: str) -> dict[str, float]:
+        """Returns the times of a plain bfloat16 forward and backward pass to every parameter, and with a wait after."""
+        if how == "space.build":
+            model = self.space.build(self.arch, supernet=self.supernet)
+        else:
+            model = original_candidate(self.space, self.arch, self.supernet.subnet(self.arch).state_dict())
+        call = partial(_plain_pass, model.to("cuda", torch.bfloat16), self.images, self.labels)
+
+        def waiting() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return {**timed(call), "seconds_with_a_wait": timed(waiting, waits=True)["seconds"]}
+
+    def candidates_a_minute(self, candidates: int = 64) -> dict[str, float]:
+        """Returns how many different ones are scored a minute, by how many are under way at a time."""
+        archs = list(self.space.sample(candidates, seed=1))
+        found = {}
+        for most, how in ((1, "one at a time, the first"), (1, "one at a time"), (2, "two in flight")):
+            # Most of what different candidates share has been recorded after some hundred.
+            self._in_turn([] if "first" in how else self.space.sample(400, seed=2), most)
+            found[how] = 60 * candidates / self._in_turn(archs, most)
+        return found
+
+    def _in_turn(self, archs: Iterable[Mapping[str, Any]], most: int) -> float:
+        """Returns the seconds of scoring candidates, `most` of them under way at a time."""
+        pending: deque[Any] = deque()
+        started = time.perf_counter()
+        for arch in archs:
+            pending.append(self.engine.launch(arch))
+            if len(pending) == most:
+                pending.popleft().finish()
+        while pending:
+            pending.popleft().finish()
+        return time.perf_counter() - started
+
+    def peer(self, how: str) -> Callable[[], Any]:
+        """Returns a run of another way to Lambda, on the published formulation in bfloat16."""
+        published = original_candidate(self.space, self.arch, self.supernet.subnet(self.arch).state_dict())
+        model = per_sample_gradients.with_plain_modules(published.to("cuda", torch.bfloat16))
+        run: Callable[[], Any] = getattr(per_sample_gradients, how)(model, self.images, self.labels)
+        return run
+
+    def profile(self) -> dict[str, Any]:
+        """Returns what the device does for one score: how many launches, their milliseconds, and both by kernel."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            self.score()
+        on_device = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        longest = sorted(on_device, key=lambda e: -e.self_device_time_total)[:25]
+        return {
+            "launches": sum(e.count for e in on_device),
+            "milliseconds": sum(e.self_device_time_total for e in on_device) / 1e3,
+            "longest": {e.key[:80]: [e.count, e.self_device_time_total / 1e3] for e in longest},
+        }
+
+    def products_floor(self, rates: dict[str, float]) -> float:
+        """Returns the seconds of the multiplications of one forward and backward pass, memory left out."""
+        return 6 * self.space.macs(self.arch) * self.samples / rates["bfloat16_flops_per_second"]
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Engines that are made inside launch every kernel by itself."""
+    os.environ["LSWAG_CUDA_GRAPHS"] = "off"
+    try:
+        yield
+    finally:
+        del os.environ["LSWAG_CUDA_GRAPHS"]
+
+
+def _plain_pass(model: torch.nn.Module, pictures: Tensor, labels: Tensor) -> None:
+    F.cross_entropy(model(pictures).float(), labels).backward()
+    model.zero_grad(set_to_none=True)
