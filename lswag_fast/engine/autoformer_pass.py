@@ -136,7 +136,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Block:
-    """What the forward pass of a block leaves for its backward pass; the tokens are total + change."""
+    """What the forward pass of a block leaves for its backward pass."""
 
     weights: BlockWeights
     attention_norm: NormalisedSum
@@ -144,7 +144,6 @@ class _Block:
     mlp_norm: NormalisedSum
     pre: Tensor
     post: Tensor
-    change: Tensor
 
 
 @dataclass(frozen=True)
@@ -199,9 +198,9 @@ class AutoFormerPass:
             weights = self._weights.block(number, self._embed, heads, ratio)
             work = partial(self._block, number, x, change, weights, packs)
             choice = (self._embed, heads, ratio, packs)
-            block = run(("block", number), choice, _present(x, change), work, packed)
+            block, change = run(("block", number), choice, _present(x, change), work, packed)
             self._blocks.append(block)
-            x, change = block.mlp_norm.total, block.change
+            x = block.mlp_norm.total
         self._end = run("end", self._embed, _present(x, change), partial(self._finish, x, change), _nothing)
         return self._end.logits
 
@@ -253,8 +252,8 @@ class AutoFormerPass:
         packs: bool,
         empty: Empty,
         emit: Emit,
-    ) -> _Block:
-        """Takes the tokens as a sum yet to be made, and returns them so: a normalisation makes it on the way."""
+    ) -> tuple[_Block, Tensor]:
+        """Takes the tokens as a sum yet to be made, and leaves them so: as mlp_norm.total and what is returned."""
         attention_norm = NormalisedSum.of(x, change, *weights.attention_norm, empty=empty)
         qkv = _linear(attention_norm.normalised, weights.queries, empty)
         attention = RelativeAttention.of(
@@ -266,8 +265,8 @@ class AutoFormerPass:
         post, words = self._activate(pre, packs, empty)
         if words is not None:
             emit(number, words)
-        change = _linear(post, weights.narrow, empty)
-        return _Block(weights, attention_norm, attention, mlp_norm, pre, post, change)
+        block = _Block(weights, attention_norm, attention, mlp_norm, pre, post)
+        return block, _linear(post, weights.narrow, empty)
 
     def _finish(self, x: Tensor, change: Tensor | None, empty: Empty, _: Emit) -> _End:
         norm = NormalisedSum.of(x, change, *self._ends.norm, empty=empty)

@@ -155,13 +155,21 @@ def test_memory_is_free_again_whatever_became_of_a_candidate(supernet: spaces.Au
     assert memory.is_free
 
 
-@pytest.mark.usefixtures("quick")
-def test_what_cannot_be_recorded_is_launched_each_time(supernet: spaces.AutoFormerSupernet) -> None:
-    def refuse(work: Callable[[], Any]) -> Any:
+class Refusing(Recorder):
+    """Refuses to record any more after the first three times."""
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        if self.recorded < 3:
+            return super().__call__(work)
         work()
+        self.replayed = 0
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    in_place = engine(supernet, refuse)
+
+@pytest.mark.usefixtures("quick")
+def test_after_a_refusal_nothing_recorded_is_launched(supernet: spaces.AutoFormerSupernet) -> None:
+    recorder = Refusing()
+    in_place = engine(supernet, recorder)
     (arch,) = archs(1)
     expected = bits(engine(supernet).score(arch))
     results = [bits(in_place.score(arch)) for _ in range(4)]
@@ -170,6 +178,7 @@ def test_what_cannot_be_recorded_is_launched_each_time(supernet: spaces.AutoForm
     reason = "launches are not recorded as CUDA graphs: operation not permitted when stream is capturing"
     assert [[w for w in warnings if w not in usual] for warnings in told] == [[], [reason], [], []]
     assert all(result == expected for result in results)
+    assert (recorder.recorded, recorder.replayed) == (3, 0)
 
 
 @pytest.mark.usefixtures("quick")
