@@ -40,10 +40,10 @@ from lswag_fast.options import ScoreOptions
 
 BUDGET = {
     "correctness": 150,
-    "score": 90,
+    "score": 110,
     "kernels": 60,
     "peers": 35,
-    "memory checker": 50,
+    "memory checker": 40,
     "wgmma correctness": 20,
     "wgmma": 20,
 }

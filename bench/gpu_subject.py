@@ -62,9 +62,13 @@ class Subject:
         """Returns how many different ones are scored a minute, by how many are under way at a time."""
         archs = list(self.space.sample(candidates, seed=1))
         found = {}
-        for most, how in ((1, "one at a time, the first"), (1, "one at a time"), (2, "two in flight")):
-            # Most of what different candidates share has been recorded after some hundred.
-            self._in_turn([] if "first" in how else self.space.sample(400, seed=2), most)
+        # Most of what different candidates share has been recorded after some hundred.
+        for most, before, how in (
+            (1, 0, "one at a time, the first"),
+            (1, 250, "one at a time"),
+            (2, 400, "two in flight"),
+        ):
+            self._in_turn(self.space.sample(before, seed=2), most)
             found[how] = 60 * candidates / self._in_turn(archs, most)
         return found
 
