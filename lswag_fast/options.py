@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .errors import InputError
+from .ops.activation_patterns import MAX_SAMPLES
 from .proxies import registry
 from .proxies.proxy import Need, Proxy
 
@@ -17,7 +18,6 @@ Numerator = Literal["one", "mean"]
 DTYPES = ("auto", "float32", "bfloat16")
 POOLINGS = ("union", "sum")
 NUMERATORS = ("one", "mean")
-MAX_SAMPLES = 1024
 LSWAG = {"name": "lswag"}
 """L-SWAG among the options' plain values; a store's settings leave `proxies` out where it is there alone."""
 DEFINITION_VERSION = 1

@@ -22,11 +22,13 @@ from torch import Tensor
 from .. import _C, backends
 from ..errors import InputError
 from ..memory import Empty, empty_like
-from ..options import MAX_SAMPLES
 from .arrays import as_tensor, refusals
 
 ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 """What `activate_and_pack` computes; gelu is the exact one, by erf."""
+
+MAX_SAMPLES = 1024
+"""Of a pattern."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Up to here a tag for each of the 2^S patterns, partition by partition, takes less time than hash sets.

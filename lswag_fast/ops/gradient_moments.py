@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,78 +12,19 @@ from .. import _C, backends
 from ..errors import InputError
 from .arrays import refusals
 from .gradient_moments_checks import DTYPES, accepted_tensor, checked
+from .gradient_moments_cpu import empty_maps, moments_on_cpu
+from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
+from .moments import DEAD, Convolution, GradientMoments, MomentMaps, SignedMoments, reduced
 
-DEAD = 2.0**-22
-"""A weight is dead where its sigma is at most this times its mean |g|."""
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A two-dimensional convolution as PyTorch means its arguments; a one-dimensional one has height 1.
-
-    `padding` is what lies before the first row and column: reads past the end of the plane are zero whatever the
-    padding there, so asymmetric padding ("same" with even kernels) needs no more than this.
-    """
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class SignedMoments:
-    """Statistics of the signed g, which proxies other than L-SWAG and ZiCo are made of.
-
-    Live weights are here those with a standard deviation of g above 2^-22 * |mean of g|.
-    """
-
-    dead: int
-    mean_signal_to_noise: float | None
-    """mean over live weights of (mean g)^2 / var g: GSNR (Liu et al., ICLR 2020, arXiv 2001.07384); None: no live."""
-    mean_abs_mean: float
-    """mean over weights of |mean g|."""
-    mean_squared_mean: float
-    """mean over weights of (mean g)^2: the squared norm of the whole batch's gradient is numel times this."""
-    mean_sigma: float
-    """mean over weights of the standard deviation of g."""
-    sign_agreement: float
-    """mean over weights of |sum_k sign g_k| / G: 1 where all groups agree, 0 where half of them do."""
-    saliency: float | None = None
-    """sum over weights of mean g * w, where the weight was given."""
-    absolute_saliency: float | None = None
-    """sum over weights of |mean g * w|, likewise (SNIP, Lee et al., ICLR 2019)."""
-
-
-@dataclass(frozen=True)
-class MomentMaps:
-    """The statistics of every weight, float64 in the shape of the weight; the signed ones only where asked."""
-
-    sigma: Tensor
-    mean_abs: Tensor
-    signed_sigma: Tensor | None = None
-    signed_mean: Tensor | None = None
-    sign_sum: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class GradientMoments:
-    """Moments of |g| over G groups, population form, summed over one weight (L-SWAG equations 1 and 6, ZiCo)."""
-
-    numel: int
-    dead: int
-    """Weights whose g are all 0, or whose sigma <= 2^-22 * mean|g|: rounding alone made it."""
-    log_sum_inverse_sigma: float | None
-    """log of the sum over live weights of 1 / sigma; None where all are dead, NaN where a gradient is not finite."""
-    log_sum_mean_over_sigma: float | None
-    """log of the sum over live weights of mean|g| / sigma: ZiCo's term (Li et al., ICLR 2023, arXiv 2301.11300)."""
-    mean_sigma: float
-    """mean over all weights, dead ones included, of sigma."""
-    mean_abs_gradient: float
-    """mean over all weights of mean_k |g_k|."""
-    signed: SignedMoments | None = None
-    maps: MomentMaps | None = None
+__all__ = [
+    "Convolution",
+    "GradientMoments",
+    "MomentMaps",
+    "MomentsAccumulator",
+    "SignedMoments",
+    "gradient_moments",
+    "takes_weight",
+]
 
 
 def gradient_moments(
@@ -133,22 +73,9 @@ def gradient_moments(
     a, d, count, shape = checked(inputs, output_grads, groups, convolution)
     if weight is not None:
         weight = _checked_weight(weight, shape, signed, a[0].device.type)
-    if backends.implementation("gradient_moments", a[0].device.type) in ("triton", "cuda"):
-        from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
-
-        return gradient_moments_grouped([MomentProblem(a, d, count, convolution, signed=signed, maps=maps)])[0]
-    samples = len(a[0])
-    with refusals():
-        native = _C.GradientMoments(a, d, count, _values(convolution), signed, torch.get_num_threads())
-    workspace = torch.empty(native.workspace_bytes, dtype=torch.uint8)
-    flat = _empty_maps(math.prod(shape), signed, maps)
-    if weight is not None:
-        weight = _in_kernel_order(weight, native)
-    sums, exponent = native.run(workspace, flat, weight)
-    shaped = [_in_weight_order(m, shape, native) for m in flat]
-    return reduced(
-        sums, exponent, samples // count, math.prod(shape), count, signed, shaped, with_weight=weight is not None
-    )
+    if backends.implementation("gradient_moments", a[0].device.type) == "cpp":
+        return moments_on_cpu(a, d, count, shape, convolution, signed=signed, maps=maps, weight=weight)
+    return gradient_moments_grouped([MomentProblem(a, d, count, convolution, signed=signed, maps=maps)])[0]
 
 
 def takes_weight(device: str) -> bool:
@@ -216,7 +143,7 @@ class MomentsAccumulator:
         return self._state
 
     def _finish_on_cpu(self, state: Tensor, *, maps: bool) -> GradientMoments:
-        flat = _empty_maps(self._numel, self._signed, maps)
+        flat = empty_maps(self._numel, self._signed, maps)
         sums, exponent = _C.finish_moments(state, self._numel, self._groups, self._signed, flat)
         shaped = [m.view(self._shape) for m in flat]
         return reduced(sums, exponent, 1, self._numel, self._groups, self._signed, shaped)
@@ -265,26 +192,6 @@ class MomentsAccumulator:
         return mean, sigma, ~(sigma <= DEAD * mean.abs())
 
 
-def _values(convolution: Convolution | None) -> tuple[int, ...] | None:
-    if convolution is None:
-        return None
-    c = convolution
-    return (*c.kernel_size, *c.stride, *c.padding, *c.dilation, c.groups)
-
-
-def _empty_maps(numel: int, signed: bool, wanted: bool) -> list[Tensor]:
-    count = (5 if signed else 2) if wanted else 0
-    return [torch.empty(numel, dtype=torch.float64) for _ in range(count)]
-
-
-def _in_weight_order(flat: Tensor, shape: tuple[int, ...], native: _C.GradientMoments) -> Tensor:
-    if native.depthwise:
-        return flat.view(*shape[2:], *shape[:2]).permute(2, 3, 0, 1).contiguous()
-    if native.taps_first:
-        return flat.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
-    return flat.view(shape)
-
-
 def _checked_weight(weight: Tensor, shape: tuple[int, ...], signed: bool, device: str) -> Tensor:
     weight = accepted_tensor("weight", weight, DTYPES)
     if tuple(weight.shape) != shape:
@@ -294,61 +201,3 @@ def _checked_weight(weight: Tensor, shape: tuple[int, ...], signed: bool, device
     if not takes_weight(device) or weight.device.type != device:
         raise InputError(f"weight is taken by C++ on the CPU alone, got operands on {device} and it on {weight.device}")
     return weight
-
-
-def _in_kernel_order(weight: Tensor, native: _C.GradientMoments) -> Tensor:
-    """Returns the weight as the rows and columns of the kernel's maps, columns adjacent; a view where that can be."""
-    if native.depthwise:
-        weight = weight.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
-    elif native.taps_first:
-        weight = weight.permute(0, 2, 3, 1)
-    rows = weight.flatten(1)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def reduced(
-    sums: tuple[float, ...],
-    exponent: int,
-    group_size: int,
-    numel: int,
-    groups: int,
-    signed: bool,
-    maps: list[Tensor],
-    *,
-    with_weight: bool = False,
-) -> GradientMoments:
-    """Returns the moments from sums over the weights of gradients in units of 2^-exponent / group_size.
-
-    Where a gradient is not finite, the padding of a tile may count as live.
-    """
-    live, inverse, ratio, sigma, mean, *rest = sums
-    log_unit = -exponent * math.log(2) - math.log(group_size)
-    unit = math.ldexp(1.0, -exponent) / group_size
-    return GradientMoments(
-        numel=numel,
-        dead=max(0, numel - round(live)),
-        log_sum_inverse_sigma=_log(inverse) - log_unit if live or math.isnan(inverse) else None,
-        log_sum_mean_over_sigma=_log(ratio) if live or math.isnan(ratio) else None,
-        mean_sigma=sigma / numel * unit,
-        mean_abs_gradient=mean / numel * unit,
-        signed=_reduced_signed(rest, unit, numel, groups, with_weight) if signed else None,
-        maps=MomentMaps(*maps) if maps else None,
-    )
-
-
-def _reduced_signed(sums: list[float], unit: float, numel: int, groups: int, with_weight: bool) -> SignedMoments:
-    live, ratio, mean, square, sigma, signs, *saliencies = sums
-    return SignedMoments(
-        dead=max(0, numel - round(live)),
-        mean_signal_to_noise=ratio / live if live else None,
-        mean_abs_mean=mean / numel * unit,
-        mean_squared_mean=square / numel * unit * unit,
-        mean_sigma=sigma / numel * unit,
-        sign_agreement=signs / numel / groups,
-        saliency=saliencies[0] * unit if with_weight else None,
-        absolute_saliency=saliencies[1] * unit if with_weight else None,
-    )
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else math.nan

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .arrays import as_tensor
-
-if TYPE_CHECKING:
-    from .gradient_moments import Convolution
+from .moments import Convolution
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIMS = 8

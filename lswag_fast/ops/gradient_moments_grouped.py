@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import InputError
-from .gradient_moments import Convolution, GradientMoments, gradient_moments, reduced
 from .gradient_moments_checks import checked, listed
+from .gradient_moments_cpu import moments_on_cpu
+from .moments import Convolution, GradientMoments, reduced
 
 if TYPE_CHECKING:
     from ..kernels.gradient_moments_launch import Placed
@@ -138,8 +139,8 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     taken = [checked(*operands, p.groups, p.convolution) for p, operands in zip(problems, given, strict=True)]
     _check_one_device(device, [a[0] for a, *_ in taken])
     done = [
-        gradient_moments(a, d, groups, convolution=p.convolution, signed=p.signed, maps=p.maps)
-        for p, (a, d, groups, _) in zip(problems, taken, strict=True)
+        moments_on_cpu(a, d, groups, shape, p.convolution, signed=p.signed, maps=p.maps)
+        for p, (a, d, groups, shape) in zip(problems, taken, strict=True)
     ]
     return PendingMoments([], done)
 
