@@ -86,8 +86,12 @@ def score_step(rows: Rows) -> None:
     for name, subject in subjects.items():
         rows.attempt(partial(timed, subject.score, waits=True), name, "score")
         rows.attempt(partial(timed, subject.launch), name, "launch of a score, the device behind")
-        rows.attempt(partial(timed, subject.plain.score, waits=True), name, "score, without CUDA graphs")
-        rows.attempt(partial(timed, subject.plain.launch), name, "launch of a score, without CUDA graphs")
+        rows.attempt(
+            partial(timed, partial(subject.plain.score, subject.arch), waits=True), name, "score, without CUDA graphs"
+        )
+        rows.attempt(
+            partial(timed, partial(subject.plain.launch, subject.arch)), name, "launch of a score, without CUDA graphs"
+        )
         rows.attempt(subject.candidates_a_minute, name, "candidates a minute")
         rows.add(subject.products_floor(peaks), name, "floor_seconds_of_products_alone")
         for how in ("published formulation", "space.build"):
