@@ -1,4 +1,4 @@
-"""The errors that bad input raises, always before any work is done, and how a lack of memory is known."""
+"""The errors that bad input raises, before any work wherever the host can tell, and how a lack of memory is known."""
 
 
 class InputError(ValueError):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .capture.trace import describe
 from .errors import InputError
+from .value_checks import LateChecks, ValueCheck
 
 
 class CrossEntropy:
@@ -39,8 +40,14 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -> Tensor:
-    """Returns labels [S] int64: those given, checked, or uniform ones drawn from `seed` on the CPU."""
+def class_labels(
+    labels: Tensor | None, samples: int, classes: int, seed: int, late: LateChecks | None = None
+) -> Tensor:
+    """Returns labels [S] int64: those given, checked, or uniform ones drawn from `seed` on the CPU.
+
+    With `late`, the range of labels on a CUDA device is left for it to judge, and those returned are clamped to it: a
+    class out of range would end the use of that device in this process. Raises InputError for labels that do not fit.
+    """
     if labels is None:
         return torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(seed))
     if not isinstance(labels, Tensor):
@@ -49,7 +56,11 @@ def class_labels(labels: Tensor | None, samples: int, classes: int, seed: int) -
         raise InputError(
             f"expected integer labels [S] with the S of images ({samples}), got {list(labels.shape)} of {labels.dtype}"
         )
-    low, high = map(int, torch.stack((labels.min(), labels.max())).tolist())
-    if low < 0 or high >= classes:
-        raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes, got {low} to {high}")
-    return labels.long()
+
+    def refuse(limits: Tensor) -> None:
+        low, high = map(int, limits.tolist())
+        if low < 0 or high >= classes:
+            raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes, got {low} to {high}")
+
+    given, limits = labels.long(), torch.stack((labels.min(), labels.max()))
+    return ValueCheck("labels", given, limits, refuse, lambda: given.clamp(0, classes - 1)).passed(late)

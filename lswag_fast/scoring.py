@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from .proxies.proxy import Proxy
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 from .proxies.shared_work import SharedWork
 from .proxies.statistics import OperandsChangedError, PassStatistics
+from .value_checks import LateChecks, ValueCheck
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -58,6 +59,10 @@ def score(
 
     The model is left as it was: parameters, gradients, buffers, modes, random states and torch's settings.
 
+    On a CUDA device the host waits once, for the results. It waits more often for a model that folds its samples into
+    another axis, for weights that go one at a time, for proxies that run passes of their own, and for the seconds of
+    each where others than L-SWAG are asked for.
+
     Args:
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
             normalisation keeps its mode, and couples the samples where it normalises by the batch. No other coupling is
@@ -82,7 +87,8 @@ def score(
             the result then has too. L-SWAG is always computed; those that need the same pass share it.
 
     Raises:
-        InputError: the arguments do not fit the model or each other; nothing has been computed then.
+        InputError: the arguments do not fit the model or each other; nothing has been computed then. Only the values of
+            images and labels on a CUDA device are judged with the results, ahead of any other error.
         ScoreError: a loss is not finite, the model cannot be captured, or memory runs out, also with one weight at a
             time.
     """
@@ -102,16 +108,17 @@ def score(
     start = time.perf_counter()
     if options.device == "auto" and isinstance(images, Tensor) and images.device.type in ("cpu", "cuda"):
         options = replace(options, device=str(images.device))
-    check_images(images, resolve_device(options.device))
-    resolved = options.resolved(images.shape[0])
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, got {describe(model)}")
-    check_device(model, resolved.device)
-    labels = _checked_labels(labels, images.shape[0], loss)
-    with preserved(model), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        subject = _prepared(model, images, labels, loss, options, resolved)
-        result = attempted(lambda at_once: subject.scored(at_once).result(options, caught, start))
+    with LateChecks() as late:
+        images = check_images(images, resolve_device(options.device), late)
+        resolved = options.resolved(images.shape[0])
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, got {describe(model)}")
+        check_device(model, resolved.device)
+        labels = _checked_labels(labels, images.shape[0], loss, resolved.device)
+        with preserved(model), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            subject = _prepared(model, images, labels, loss, options, resolved, late)
+            result = attempted(lambda at_once: subject.scored(at_once).result(options, caught, start))
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
@@ -128,6 +135,7 @@ class _Subject:
     loss: Loss
     options: ScoreOptions  # resolved
     clock: Clock
+    late: LateChecks  # of images and labels
 
     def scored(self, at_once: bool) -> Scored:
         """Runs the pass; `at_once` keeps no operand of one weight until those of the others are there."""
@@ -137,24 +145,32 @@ class _Subject:
         )
         assert options.groups is not None
         losses = run_capture(plan, self.sandbox, self.images, self.labels, self.loss, options.groups, statistics, clock)
-        statistics.launch(losses)
-        return Scored(plan, statistics, options, clock, self.network)
+        statistics.launch(losses, self.late.numbers())
+        return Scored(plan, statistics, options, clock, self.network, self.late)
 
     def network(self, shared: SharedWork) -> Network:
         """Returns the network for proxies that run passes of their own."""
         return Network(self.sandbox, self.plan, self.images, self.labels, self.loss, self.options.seed, shared)
 
 
-def _checked_labels(labels: Any, samples: int, loss: Loss | None) -> Any:
+def _checked_labels(labels: Any, samples: int, loss: Loss | None, device: str) -> Any:
     if isinstance(labels, list) or hasattr(labels, "__array__"):
         labels = torch.as_tensor(labels)
+    if isinstance(labels, Tensor) and labels.device.type != "cpu":
+        labels = labels.to(device)
     if loss is not None and isinstance(labels, Tensor) and (labels.dim() == 0 or labels.shape[0] != samples):
         raise InputError(f"expected labels [S, ...] with the S of images ({samples}), got {list(labels.shape)}")
     return labels
 
 
 def _prepared(
-    model: nn.Module, images: Tensor, labels: Any, loss: Loss | None, asked: ScoreOptions, options: ScoreOptions
+    model: nn.Module,
+    images: Tensor,
+    labels: Any,
+    loss: Loss | None,
+    asked: ScoreOptions,
+    options: ScoreOptions,
+    late: LateChecks,
 ) -> _Subject:
     """Traces the model, settles the options by what is found, and draws or checks the labels."""
     samples = len(images)
@@ -164,17 +180,18 @@ def _prepared(
     with clock("trace"):
         sandbox = Sandbox(model, getattr(torch, options.dtype))
         function: Loss = CrossEntropy() if loss is None else loss
-        placeholder = torch.zeros(samples, dtype=torch.long) if loss is None else labels
+        default = isinstance(function, CrossEntropy)
+        placeholder = torch.zeros(samples, dtype=torch.long, device=images.device) if default else labels
         plan = trace(sandbox, images, placeholder, function, options.extra_parameters)
     if plan.coupled is not None:
         options = asked.resolved(samples, coupled=True)
     if isinstance(function, CrossEntropy):
-        labels = class_labels(labels, samples, function.classes, options.seed)
+        labels = class_labels(labels, samples, function.classes, options.seed, late)
     if isinstance(labels, Tensor):
-        labels = labels.to(options.device)
+        labels = labels.to(options.device, non_blocking=True)  # they are there, or come from the CPU
     with clock("trace"):
         probe(plan, sandbox, take(images, 2))
-    return _Subject(sandbox, plan, images, labels, function, options, clock)
+    return _Subject(sandbox, plan, images, labels, function, options, clock, late)
 
 
 def attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
@@ -202,8 +219,12 @@ def attempted(attempt: Callable[[bool], LswagResult]) -> LswagResult:
     )
 
 
-def check_images(images: Tensor, device: str) -> None:
-    """Raises InputError unless `images` is a finite floating-point tensor [S, ...] on `device`, S at least 1."""
+def check_images(images: Tensor, device: str, late: LateChecks | None = None) -> Tensor:
+    """Returns `images` if they are a finite floating-point tensor [S, ...] on `device`, S at least 1.
+
+    With `late`, the values of images on a CUDA device are left for it to judge, and in those returned zeros stand for
+    values that are not finite: a loss may have the device stop at such a one for good. Raises InputError for others.
+    """
     if not isinstance(images, Tensor) or images.dim() < 2 or not images.is_floating_point():
         what = describe(images) + (f" of {images.dtype}" if isinstance(images, Tensor) else "")
         raise InputError(f"images must be a floating-point tensor [S, channels, height, width], got {what}")
@@ -212,10 +233,19 @@ def check_images(images: Tensor, device: str) -> None:
     if images.device.type != torch.device(device).type:
         raise InputError(f"images are on {images.device}, but the score runs on {device}; move them there")
     finite = torch.isfinite(images).flatten(1).all(1)
-    if not bool(finite.all()):
-        bad = torch.nonzero(~finite).flatten().tolist()
+    return ValueCheck("images", images, finite, _refuse_images, lambda: _finite_images(images)).passed(late)
+
+
+def _refuse_images(finite: Tensor) -> None:
+    """Raises InputError unless all of [S] are true, and names the first images that are not."""
+    bad = [i for i, good in enumerate(finite.tolist()) if not good]
+    if bad:
         shown = ", ".join(str(i) for i in bad[:5]) + (" ..." if len(bad) > 5 else "")
         raise InputError(f"images must be finite, but NaN or Inf is in image {shown}; leave it out or mend it")
+
+
+def _finite_images(images: Tensor) -> Tensor:
+    return torch.nan_to_num(images.detach(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @dataclass(frozen=True)
@@ -227,13 +257,16 @@ class Scored:
     options: ScoreOptions  # resolved
     clock: Clock
     make_network: Callable[[SharedWork], Network]
+    late: LateChecks = field(default_factory=LateChecks)  # of what the pass was given
 
     def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
         """Waits for the pass and returns its result; `start` is when the score began.
 
-        Raises ScoreError where a loss is not finite. Warnings that are caught until then are in the result.
+        Raises InputError where a late check finds bad values, before anything else is judged, and ScoreError where a
+        loss is not finite. Warnings that are caught until then are in the result.
         """
         statistics = self.statistics
+        self.late.judge(statistics.brought())
         rows = statistics.rows()
         psi, by_activation = statistics.patterns()
         check_losses(statistics.losses())

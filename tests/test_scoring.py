@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lswag_fast
-from lswag_fast import InputError, scoring
+from lswag_fast import InputError, scoring, value_checks
 from lswag_fast.capture import Layer, Plan
 from lswag_fast.clock import Clock
 from lswag_fast.errors import ScoreError
@@ -93,8 +93,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+BAD_VALUES = {"NaN", "Inf", "labels out of range", "negative labels"}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_before_any_work(name: str) -> None:
+    refused_before_any_work(name)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in BAD_VALUES])
+def test_all_but_values_is_refused_before_any_work_that_a_device_computes_apart(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(value_checks, "computes_apart", lambda tensor: True)
+    refused_before_any_work(name)
+
+
+def refused_before_any_work(name: str) -> None:
     arguments, message = BAD[name]
     passes: list[None] = []
     model = Watched(networks.Attention(), lambda: passes.append(None))
@@ -345,11 +360,11 @@ def test_operands_that_change_before_the_launch_are_read_at_once(monkeypatch: py
     attempts: list[int] = []
     launch = statistics.PassStatistics.launch
 
-    def changed_at_first(self: statistics.PassStatistics, losses: Tensor) -> None:
+    def changed_at_first(self: statistics.PassStatistics, losses: Tensor, *others: Any) -> None:
         attempts.append(1)
         if not self._at_once:
             raise statistics.OperandsChangedError("changed")
-        launch(self, losses)
+        launch(self, losses, *others)
 
     monkeypatch.setattr(statistics.PassStatistics, "launch", changed_at_first)
     assert lswag_fast.score(model, images(), dtype="float32").lswag == expected.lswag

@@ -20,7 +20,7 @@ def probe(plan: Plan, sandbox: Sandbox, images: Tensor) -> None:
 
     Runs two images ([2, ...]) forward twice, the second time with the second one changed: the entries that change
     are its own. Where that does not tell the order, the weight goes to the slow path and the activation is left out
-    of the count.
+    of the count. Where there is such an axis, the host waits for a device: what it finds decides which pass comes next.
     """
     folded = [a for a in plan.actions if a is not None and a.axis is not None and a.axis.factor > 1]
     if not folded:

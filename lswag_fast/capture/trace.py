@@ -226,7 +226,7 @@ def take(values: Any, count: int) -> Any:
     """Returns the first `count` entries of a batch, repeating it where it is shorter; other values as they are."""
     if not isinstance(values, Tensor) or values.dim() == 0:
         return values
-    return values[torch.arange(count) % values.shape[0]]
+    return values[torch.arange(count, device=values.device) % values.shape[0]]  # an index elsewhere would be waited for
 
 
 def record(sandbox: Sandbox, images: Tensor, labels: Any, loss: Loss, device: str) -> Recording:

@@ -166,11 +166,12 @@ class PassStatistics:
             found = channel_saliency(output, output_grad, channel_axis)
             self._channels[layer.name] = found + self._channels.get(layer.name, 0)
 
-    def launch(self, losses: Tensor) -> None:
+    def launch(self, losses: Tensor, others: Mapping[str, Tensor] | None = None) -> None:
         """Starts what takes all layers together, once they are all here, and the copy to the host; waits for nothing.
 
         Args:
             losses: [S], of the pass; they come to the host with the rest.
+            others: tensors to be brought along, by names of their own.
 
         Raises:
             OperandsChangedError: what a layer was reduced to would not be that of its operands as they were captured.
@@ -178,7 +179,7 @@ class PassStatistics:
         for name, problem in self._problems.items():
             if _versions((*problem.inputs, *problem.output_grads)) != self._versions[name]:
                 raise OperandsChangedError(f"inputs or output gradients of {name} changed in place after their capture")
-        found = {"losses": losses}
+        found = {"losses": losses, **(others or {})}
         with self._clock(Need.PATTERNS.name):
             words = [self._words[a.call] for a in self._counted_activations()]
             if words:
@@ -198,6 +199,10 @@ class PassStatistics:
             if sums:
                 found[what] = torch.stack(list(sums.values()))
         self._copies = HostCopies(found)
+
+    def brought(self) -> Mapping[str, Tensor]:
+        """Returns what came to the host, by name; after `launch`, which started the copy."""
+        return self._copies.wait()
 
     def losses(self) -> Tensor:
         """Returns the losses of the pass [S], on the host; after `launch`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lswag_fast
-from lswag_fast import Scorer, spaces
+from lswag_fast import InputError, Scorer, spaces
 from lswag_fast.backends import backends
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.options import ScoreOptions
@@ -159,6 +159,35 @@ def test_any_module(network: type[torch.nn.Module]) -> None:
     assert found.options["device"].startswith("cuda")
     # Convolutions and attention are the device's libraries' here, of which each has its own rounding.
     assert_same(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("given", ["labels on the device", "labels on the CPU", "no labels"])
+def test_any_module_is_launched_and_read_after_one_wait(given: str) -> None:
+    torch.manual_seed(0)
+    model, batch = networks.Tied().to("cuda"), torch.randn(8, *networks.IMAGE, device="cuda")
+    given_on = {"labels on the device": "cuda", "labels on the CPU": "cpu"}.get(given)
+    labels = torch.arange(8, device=given_on) % networks.CLASSES if given_on else None
+    expected = lswag_fast.score(model, batch, labels, dtype="float32")
+    # This mode forbids every wait but that for an event, by which the results come.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = lswag_fast.score(model, batch, labels, dtype="float32")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.lswag == expected.lswag
+
+
+@pytest.mark.parametrize("what", ["images", "labels"])
+def test_bad_values_leave_the_device_in_use(what: str) -> None:
+    torch.manual_seed(0)
+    model, batch = networks.Attention().to("cuda"), torch.randn(8, *networks.IMAGE, device="cuda")
+    labels = torch.arange(8, device="cuda") % networks.CLASSES
+    expected = lswag_fast.score(model, batch, labels, dtype="float32")
+    bad = {"images": batch.clone(), "labels": labels.clone()}
+    bad[what][3] = float("nan") if what == "images" else networks.CLASSES
+    with pytest.raises(InputError, match="in image 3" if what == "images" else "got 0 to 5"):
+        lswag_fast.score(model, bad["images"], bad["labels"], dtype="float32")
+    assert lswag_fast.score(model, batch, labels, dtype="float32").lswag == expected.lswag
 
 
 def test_the_scorer_moves_what_it_is_given(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:

@@ -94,9 +94,9 @@ def test_dtypes_hold_to_autograd(device: torch.device, dtypes: tuple[torch.dtype
     assert moments.signed.sign_agreement == pytest.approx(stacked.sign().sum(0).abs().mean().item() / groups, rel=1e-6)
 
 
-@pytest.mark.parametrize(("samples", "groups"), [(2, 2), (64, 64), (64, 4)])
-def test_few_and_many_samples(device: torch.device, samples: int, groups: int) -> None:
-    a, d = normal(0, samples, 3, 1, 5), normal(1, samples, 3, 1, 5)
+@pytest.mark.parametrize(("samples", "groups", "width"), [(2, 2, 5), (64, 64, 5), (64, 4, 5), (5, 5, 1), (5, 5, 197)])
+def test_few_and_many_samples(device: torch.device, samples: int, groups: int, width: int) -> None:
+    a, d = normal(0, samples, 3, 1, width), normal(1, samples, 3, 1, width)
     convolution = depthwise(3, (1, 3), padding=(0, 1))
     moments = gradient_moments(a.to(device), d.to(device), groups, convolution=convolution, maps=True)
     assert_holds(moments, convolution_gradients(a, d, convolution, groups))

@@ -68,6 +68,15 @@ def test_tails(size, device, poisoned):
     torch.testing.assert_close(got.double(), expected(torch.ones_like(saved), saved, "gelu"), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 9), (3, 17, 21), (5, 197, 4), (64, 17, 9)])
+def test_tokens_of_a_batch(shape, device, poisoned):
+    generator = torch.Generator().manual_seed(0)
+    saved, grad = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    with poisoned():
+        got = activation_backward(grad, saved, "gelu")
+    torch.testing.assert_close(got.double(), expected(grad, saved, "gelu"), rtol=1e-6, atol=1e-6)
+
+
 def test_layouts(device):
     generator = torch.Generator().manual_seed(0)
     saved, grad = (torch.randn(2, 3, 4, 5, generator=generator).to(device) for _ in range(2))

@@ -78,6 +78,7 @@ def assert_holds(moments: GradientMoments, gradients: list[Tensor], tolerance: f
         (4, 4, 197, 20, 12, BF16),
         (2, 2, 17, 37, 43, FP32),
         (2, 2, 197, 9, 40, FP16),
+        (5, 5, 17, 37, 43, BF16),
         (64, 64, 17, 9, 24, BF16),
         (64, 4, 17, 24, 9, FP16),
         (12, 4, 19, 8, 8, FP16),
@@ -220,10 +221,15 @@ def test_convolutions_hold_to_autograd(
     assert_holds(moments, convolution_gradients(a, d, convolution, 4))
 
 
-@pytest.mark.parametrize(("samples", "groups"), [(2, 2), (64, 64), (64, 4)])
-def test_convolutions_of_few_and_many_samples(device: torch.device, samples: int, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "groups", "plane"),
+    [(2, 2, (4, 3)), (64, 64, (4, 3)), (64, 4, (4, 3)), (5, 5, (1, 1)), (5, 5, (1, 197))],
+)
+def test_convolutions_of_few_and_many_samples(
+    device: torch.device, samples: int, groups: int, plane: tuple[int, int]
+) -> None:
     # Channels of a wider network, as a slice has them.
-    a, d = normal(0, samples, 5, 4, 3)[:, 1:4].to(device), normal(1, samples, 9, 4, 3)[:, :7].to(device)
+    a, d = normal(0, samples, 5, *plane)[:, 1:4].to(device), normal(1, samples, 9, *plane)[:, :7].to(device)
     convolution = Convolution((3, 3), padding=(1, 1))
     moments = gradient_moments(a, d, groups, convolution=convolution, maps=True)
     assert_holds(moments, convolution_gradients(a, d, convolution, groups))

@@ -47,7 +47,7 @@ def added_in_float64(inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 5, 192), (3, 17, 24), (7, 1), (1, 1000), (33, 333), (2, 197, 36)])
+@pytest.mark.parametrize("shape", [(2, 5, 192), (3, 17, 24), (7, 1), (1, 1000), (33, 333), (2, 197, 36), (64, 1, 21)])
 def test_of_a_sum(shape, dtype, device, poisoned):
     inputs = make_inputs(shape, dtype, device)
     if shape[-1] == 1:

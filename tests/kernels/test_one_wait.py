@@ -17,7 +17,7 @@ if torch.cuda.is_available():
     pytest.skip("on a CUDA device torch itself tells what waits", allow_module_level=True)
 
 import lswag_fast
-from lswag_fast import spaces
+from lswag_fast import spaces, value_checks
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.options import ScoreOptions
 from lswag_fast.proxies import statistics
@@ -94,16 +94,27 @@ def test_a_candidate_is_launched_without_a_wait_and_read_after_one(
     assert all(row.log_sum_inverse_sigma is not None for row in result.layers)
 
 
-def test_any_module_waits_for_checks_of_what_is_given_and_once_more(
-    device: torch.device, brought: list[set[str]]
+@pytest.mark.parametrize(
+    ("apart", "reads_in", "checked"),
+    [(True, [], {"images", "labels"}), (False, ["losses.py", "scoring.py"], set())],
+    ids=["on a device", "on the CPU"],
+)
+def test_any_module_is_read_after_one_wait_with_the_checks_of_what_a_device_was_given(
+    apart: bool,
+    reads_in: list[str],
+    checked: set[str],
+    device: torch.device,
+    brought: list[set[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(value_checks, "computes_apart", lambda tensor: apart)
     size = {"image_size": 16, "patch_size": 8}
     drawn = draw_parameters(parameter_shapes(ARCH, num_classes=10, **size), seed=0)
     network = AutoFormer(ARCH, {name: torch.nn.Parameter(value) for name, value in drawn.items()}, **size)
     with Reads() as reads:
         lswag_fast.score(network, images(16), torch.arange(4), dtype="float32")
-    assert sorted(place.rpartition("/")[2].partition(":")[0] for place in reads.places) == ["losses.py", "scoring.py"]
-    assert brought == [{"losses", "counts", "moments"}]
+    assert sorted(place.rpartition("/")[2].partition(":")[0] for place in reads.places) == reads_in
+    assert brought == [{"losses", "counts", "moments", *checked}]
 
 
 def images(size: int) -> Tensor:

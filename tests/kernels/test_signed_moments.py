@@ -60,6 +60,8 @@ def assert_signed_holds(moments: GradientMoments, gradients: list[Tensor], *, bo
         (4, 4, 3, 1, 1, FP32),
         (6, 2, 33, 40, 24, FP32),
         (6, 3, 33, 40, 24, FP16),
+        (2, 2, 17, 37, 43, FP32),
+        (5, 5, 197, 20, 12, BF16),
     ],
 )
 def test_linear_layers_hold_to_the_definition(
@@ -107,6 +109,15 @@ def test_convolutions_hold_to_autograd(
         a, d = (t.to(memory_format=torch.channels_last) for t in (a, d))
     moments = gradient_moments(a.to(device), d.to(device), convolution=c, signed=True, maps=True)
     assert_signed_holds(moments, convolution_gradients(a, d, c, 4).groups)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize(("samples", "width"), [(2, 17), (5, 197), (64, 1)])
+def test_convolutions_of_few_and_many_samples(device: torch.device, samples: int, width: int, depthwise: bool) -> None:
+    convolution = Convolution((1, 3), padding=(0, 1), groups=3 if depthwise else 1)
+    a, d = normal(0, samples, 3, 1, width), normal(1, samples, 3, 1, width)
+    moments = gradient_moments(a.to(device), d.to(device), convolution=convolution, signed=True, maps=True)
+    assert_signed_holds(moments, convolution_gradients(a, d, convolution, samples).groups)
 
 
 def test_gradients_of_one_value_are_dead_and_those_that_change_sign_are_not(device: torch.device) -> None:

@@ -1,0 +1,78 @@
+"""Checks of the values of a batch, which a device may still be computing while it is given the work on that batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ValueCheck:
+    """A check of the values of a tensor by a few numbers, to which they are reduced on their own device.
+
+    Attributes:
+        name: of the tensor, among all that are checked.
+        values: the tensor.
+        numbers: what its values were reduced to, where it is.
+        refuse: takes the numbers, from anywhere; raises InputError where they speak against the values.
+        mended: returns values that pass, the same wherever they are good; waits for nothing.
+    """
+
+    name: str
+    values: Tensor
+    numbers: Tensor
+    refuse: Callable[[Tensor], None]
+    mended: Callable[[], Tensor]
+
+    def passed(self, late: LateChecks | None) -> Tensor:
+        """Returns the values, once they have passed.
+
+        Where a device has them and `late` is given, nothing waits: `late` gets the check, and the values returned are
+        mended, so that no work on them fails before it is judged. Raises InputError where they do not pass now.
+        """
+        if late is None or not computes_apart(self.values):
+            self.refuse(self.numbers)
+            return self.values
+        late.add(self)
+        return self.mended()
+
+
+class LateChecks:
+    """Checks whose numbers come to the host with the results of the work that they are about; each is judged once.
+
+    As a context manager it judges them ahead of any error inside, which bad values may have caused.
+    """
+
+    def __init__(self) -> None:
+        self._checks: dict[str, ValueCheck] = {}
+
+    def add(self, check: ValueCheck) -> None:
+        """Takes one more check."""
+        self._checks[check.name] = check
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Returns what is to be brought to the host, by name."""
+        return {name: check.numbers for name, check in self._checks.items()}
+
+    def judge(self, numbers: Mapping[str, Tensor]) -> None:
+        """Takes the numbers of all checks by name; raises InputError for the first whose values do not pass."""
+        checks, self._checks = self._checks, {}
+        for name, check in checks.items():
+            check.refuse(numbers[name])
+
+    def __enter__(self) -> LateChecks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self.judge(self.numbers())
+
+
+def computes_apart(tensor: Tensor) -> bool:
+    """Whether the host, to read a value of `tensor`, waits for a device that computes on its own."""
+    return tensor.is_cuda
