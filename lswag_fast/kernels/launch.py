@@ -13,6 +13,8 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every kernel: products and sums become fused multiply-adds, the default of some versions of Triton only."""
 ALIGNMENT = 16
 """Bytes; Triton compiles a kernel of its own for pointers that are no multiples."""
 MOST_LAUNCHES = 4096
@@ -49,8 +51,8 @@ class Launch:
     ) -> None:
         self._kernel, self._device = kernel, device
         self._programs = programs
-        self._arguments = dict(arguments)
-        self._compiled: Any = None
+        self._arguments = {**arguments, **OPTIONS}
+        self._compiled: Any = None  # the whole of it: where it goes, Triton unloads its function
         self._last = tuple(self._arguments[name] for name in kernel.arg_names if name in self._arguments)
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -65,7 +67,7 @@ class Launch:
         if self._compiled is not None and aligned and not _watched():
             device = driver.active.get_current_device()
             if device == (self._device.index or 0):
-                run, function, metadata = self._compiled
+                _, run, function, metadata = self._compiled
                 stream = driver.active.get_current_stream(device)
                 # Neither launch metadata nor hooks.
                 run(*grid, 1, stream, function, metadata, None, None, None, *pointers, *numbers, *self._last)
@@ -73,7 +75,7 @@ class Launch:
         with on(self._device):
             made = self._kernel[grid](*tensors, *numbers, **self._arguments)
         if aligned and hasattr(made, "packed_metadata"):  # interpreted, a launch returns nothing
-            self._compiled = made.run, made.function, made.packed_metadata
+            self._compiled = made, made.run, made.function, made.packed_metadata
 
 
 def _watched() -> bool:

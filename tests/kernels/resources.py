@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lswag_fast import kernels
+from lswag_fast.kernels.launch import OPTIONS
 from lswag_fast.kernels.variant import Variant
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -48,7 +49,7 @@ def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
     }
     constants = {name: None for name in names if name not in types} | variant.constants
     source = ASTSource(variant.kernel, signature, constants, divisible)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, **OPTIONS}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

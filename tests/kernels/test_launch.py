@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +20,15 @@ import triton
 
 from lswag_fast.kernels import launch
 from lswag_fast.kernels.launch import Launch
+
+SCRIPT = Path(__file__).with_name("two_launches.py")
+
+
+class Compiled:
+    function, packed_metadata = 7, ("metadata",)
+
+    def __init__(self, started: list[tuple[object, ...]]) -> None:
+        self.run = lambda *given: started.append(given)
 
 
 class Kernel:
@@ -30,9 +46,9 @@ class Kernel:
             self.calls.append((grid, tensors, arguments))
             if self.interpreted:
                 return None
-            return SimpleNamespace(
-                run=lambda *given: self.started.append(given), function=7, packed_metadata=("metadata",)
-            )
+            compiled = Compiled(self.started)
+            self.compiled = weakref.ref(compiled)
+            return compiled
 
         return call
 
@@ -60,7 +76,7 @@ def test_the_first_launch_is_tritons_and_the_others_are_direct(current):
     start(a, b)
     start(c, d)
     start(b, a)
-    assert kernel.calls == [((5, 1), (a, b), {"BLOCK": 64, "num_warps": 4, "count": 9})]
+    assert kernel.calls == [((5, 1), (a, b), {"BLOCK": 64, "num_warps": 4, "count": 9, "enable_fp_fusion": True})]
     fixed = (5, 1, 1, 100, 7, ("metadata",), None, None, None)
     # Numbers and constants follow the pointers in the order of the kernel's signature.
     assert kernel.started == [
@@ -125,5 +141,32 @@ def test_grids_and_numbers_may_differ(current):
     launch = Launch(kernel, torch.device("cpu"), {"BLOCK": 64})
     launch.start((2, 3), (a, b), (1,))
     launch.start((4, 5), (b, a), (6,))
-    assert kernel.calls == [((2, 3), (a, b, 1), {"BLOCK": 64})]
+    assert kernel.calls == [((2, 3), (a, b, 1), {"BLOCK": 64, "enable_fp_fusion": True})]
     assert kernel.started == [(4, 5, 1, 100, 7, ("metadata",), None, None, None, b.data_ptr(), a.data_ptr(), 6, 64)]
+
+
+def test_a_compiled_kernel_lives_as_long_as_its_launch(current):
+    kernel, (a, b) = Kernel(), torch.zeros(2, 16)
+    start = made(kernel)
+    start(a, b)
+    gc.collect()
+    assert kernel.compiled() is not None
+    del start
+    gc.collect()
+    assert kernel.compiled() is None
+
+
+def test_tritons_launcher_is_given_what_triton_gives_it(tmp_path):
+    """Whatever Triton is installed, in a process that does not interpret kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "FP_FUSION" not in run.stderr  # nor is the user told of an option that is not the user's
+    tritons, ours = map(json.loads, run.stdout.splitlines())
+    where = [3, 2, 1, 100, 7]
+    assert ours[:6] == tritons[:6] == [*where, tritons[5]]
+    # In place of what a profiler is told, and of its hooks.
+    assert ours[6:9] == [None] * 3
+    assert tritons[9:] == [{"tensor": ours[9]}, None, {"tensor": ours[11]}, 9, 200, 64]
+    assert ours[10:] == [None, ours[11], 9, 200, 64]
