@@ -40,7 +40,7 @@ from lswag_fast.options import ScoreOptions
 
 BUDGET = {
     "correctness": 150,
-    "score": 110,
+    "score": 100,
     "kernels": 60,
     "peers": 35,
     "memory checker": 40,
@@ -84,16 +84,12 @@ def score_step(rows: Rows) -> None:
     rows.add(peaks, "rates")
     subjects = {name: Subject(name, samples=64) for name in MIDDLE}
     for name, subject in subjects.items():
-        rows.attempt(partial(timed, subject.score, waits=True), name, "score")
-        rows.attempt(partial(timed, subject.launch), name, "launch of a score, the device behind")
-        rows.attempt(
-            partial(timed, partial(subject.plain.score, subject.arch), waits=True), name, "score, without CUDA graphs"
-        )
-        rows.attempt(
-            partial(timed, partial(subject.plain.launch, subject.arch)), name, "launch of a score, without CUDA graphs"
-        )
+        for how, engine in (("", subject.engine), (", without CUDA graphs", subject.without_graphs)):
+            score, launch = partial(engine.score, subject.arch), partial(engine.launch, subject.arch)
+            rows.attempt(partial(timed, score, waits=True), name, f"score{how}")
+            # The device's time of it, for the host does not wait.
+            rows.attempt(partial(shares, launch, *subject.flops_and_bytes(), peaks), name, f"launch of a score{how}")
         rows.attempt(subject.candidates_a_minute, name, "candidates a minute")
-        rows.add(subject.products_floor(peaks), name, "floor_seconds_of_products_alone")
         for how in ("published formulation", "space.build"):
             rows.attempt(partial(subject.plain_pass, how), name, f"plain pass, {how}")
     for dtype in ("bfloat16", "float32"):
@@ -167,13 +163,18 @@ def wgmma_step(rows: Rows) -> None:
 
 
 def row_of(case: Case, peaks: dict[str, float]) -> dict[str, float]:
-    """Returns the time of a kernel, and its share of the floor and of the matrix rate."""
+    """Returns the time of a kernel and its shares."""
     sets = max(1, min(16, math.ceil(CACHE_BYTES / case.bytes)))
-    row = timed(rotating([case.make() for _ in range(sets)]))
-    products = case.flops / peaks["bfloat16_flops_per_second"]
-    floor = max(products, case.bytes / peaks["copy_bytes_per_second"])
-    facts = {"flops": case.flops, "bytes": case.bytes, "share_of_floor": floor / row["seconds"]}
-    return {**row, **facts, "share_of_matrix_rate": products / row["seconds"]}
+    return shares(rotating([case.make() for _ in range(sets)]), case.flops, case.bytes, peaks)
+
+
+def shares(call: Callable[[], Any], flops: float, moved: float, peaks: dict[str, float]) -> dict[str, float]:
+    """Returns the time of a call that multiplies and moves so much, its shares of both rates, and of its floor."""
+    row = timed(call)
+    of_matrix_rate = flops / peaks["bfloat16_flops_per_second"] / row["seconds"]
+    of_copy_rate = moved / peaks["copy_bytes_per_second"] / row["seconds"]
+    facts = {"flops": flops, "bytes": moved, "share_of_floor": max(of_matrix_rate, of_copy_rate)}
+    return {**row, **facts, "share_of_matrix_rate": of_matrix_rate, "share_of_copy_rate": of_copy_rate}
 
 
 def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

@@ -113,17 +113,36 @@ def moments_case(arch: Mapping[str, Any], samples: int, tokens: int = 197, *, si
     )
 
 
+def score_bytes(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> float:
+    """Returns what the kernels of one score's blocks read and write in 16 bits, weights and the ends left out.
+
+    Elements a token, in embeddings, in widths of the heads together, and in hidden units:
+
+    - forward: both sums and LayerNorms 4 + 4, qkv 1 and 3, attention 4, projection 1 and 1, the MLP's products 1 and 1,
+      1 and 1, GELU 2 and a bit a sample for the words;
+    - backward: products 1 and 1, 1 and 1, 1 and 1, 3 and 1, GELU 3, both LayerNorms 4 + 4, attention 8;
+    - moments: the inputs and output gradients of four layers, once.
+    """
+    embed = arch["embed_dim"]
+    elements = 0.0
+    for heads, ratio in zip(arch["num_heads"], arch["mlp_ratio"], strict=True):
+        inner, hidden = HEAD_DIM * heads, mlp_width(embed, ratio)
+        forward = 12 * embed + 8 * inner + (4 + 1 / 16) * hidden
+        backward = 12 * embed + 12 * inner + 5 * hidden
+        elements += forward + backward + sum(o + i for o, i in block_shapes(embed, heads, ratio))
+    return 2 * samples * tokens * elements
+
+
 def linear_shapes(arch: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Returns [O, I] of every Linear layer of a candidate but its head."""
-    embed = arch["embed_dim"]
-    return [
-        shape
-        for h, ratio in zip(arch["num_heads"], arch["mlp_ratio"], strict=True)
-        for shape in (
-            *((3 * HEAD_DIM * h, embed), (embed, HEAD_DIM * h)),
-            *((mlp_width(embed, ratio), embed), (embed, mlp_width(embed, ratio))),
-        )
-    ]
+    choices = zip(arch["num_heads"], arch["mlp_ratio"], strict=True)
+    return [shape for heads, ratio in choices for shape in block_shapes(arch["embed_dim"], heads, ratio)]
+
+
+def block_shapes(embed: int, heads: int, ratio: float) -> list[tuple[int, int]]:
+    """Returns [O, I] of the Linear layers of a block."""
+    inner, hidden = HEAD_DIM * heads, mlp_width(embed, ratio)
+    return [(3 * inner, embed), (embed, inner), (hidden, embed), (embed, hidden)]
 
 
 DEPTHWISE = {

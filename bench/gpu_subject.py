@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import per_sample_gradients
 import torch
 import torch.nn.functional as F
-from gpu_cases import MIDDLE
+from gpu_cases import MIDDLE, score_bytes
 from gpu_timing import timed
 from original_autoformer import original_candidate
 from torch import Tensor
 
 from lswag_fast import images, spaces
 from lswag_fast.engine.autoformer import AutoFormerEngine
+from lswag_fast.engine.cuda_graphs import no_captures
 from lswag_fast.options import ScoreOptions
 
 
@@ -33,16 +32,13 @@ class Subject:
         data = images.load("noise", samples, image_size=224, seed=0)
         options = ScoreOptions(dtype="bfloat16", device="cuda").resolved(samples)
         self.supernet = self.space.supernet(seed=0)
-        self.engine = AutoFormerEngine(self.supernet, data.images, data.labels, None, options)
-        with without_graphs():
-            self.plain = AutoFormerEngine(self.supernet, data.images, data.labels, None, options)
+        given = (self.supernet, data.images, data.labels, None, options)
+        self.engine = AutoFormerEngine(*given)
+        self.without_graphs = AutoFormerEngine(*given, captures=no_captures)
         self.images, self.labels = data.images.cuda().bfloat16(), data.labels.cuda()
 
     def score(self) -> Any:
         return self.engine.score(self.arch)
-
-    def launch(self) -> Any:
-        return self.engine.launch(self.arch)
 
     def plain_pass(self, how: str) -> dict[str, float]:
         """Returns the times of a plain bfloat16 forward and backward pass to every parameter, and with a wait after."""
@@ -104,19 +100,9 @@ class Subject:
             "longest": {e.key[:80]: [e.count, e.self_device_time_total / 1e3] for e in longest},
         }
 
-    def products_floor(self, rates: dict[str, float]) -> float:
-        """Returns the seconds of the multiplications of one forward and backward pass, memory left out."""
-        return 6 * self.space.macs(self.arch) * self.samples / rates["bfloat16_flops_per_second"]
-
-
-@contextmanager
-def without_graphs() -> Iterator[None]:
-    """Engines that are made inside launch every kernel by itself."""
-    os.environ["LSWAG_CUDA_GRAPHS"] = "off"
-    try:
-        yield
-    finally:
-        del os.environ["LSWAG_CUDA_GRAPHS"]
+    def flops_and_bytes(self) -> tuple[float, float]:
+        """Returns what one score multiplies, 2 * 3 a multiply-add of the forward pass, and what its kernels move."""
+        return 6.0 * self.space.macs(self.arch) * self.samples, score_bytes(self.arch, self.samples)
 
 
 def _plain_pass(model: torch.nn.Module, pictures: Tensor, labels: Tensor) -> None:

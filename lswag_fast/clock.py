@@ -21,6 +21,7 @@ class Clock:
 
     def __init__(self, device: str, *, running: bool = True) -> None:
         self.running = running
+        """Whether it measures."""
         self._device = torch.device(device)
         self.device = self._device.type
         """The type of the device, "cpu" or "cuda"."""

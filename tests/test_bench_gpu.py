@@ -29,7 +29,7 @@ import gpu_timing
 from steps import Rows
 
 from lswag_fast import backends, images, spaces
-from lswag_fast.engine import autoformer
+from lswag_fast.engine import cuda_graphs
 
 SAMPLES, SIDE = 2, 32
 
@@ -72,6 +72,11 @@ def once(call: Callable[[], Any], rounds: int = 1, *, waits: bool = False) -> di
     return {"seconds": 1.0, "host_seconds": 1.0}
 
 
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    work()
+    return work
+
+
 @pytest.fixture
 def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the steps ask of CUDA, and small images, few samples, candidates and rounds."""
@@ -86,7 +91,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(backends, "_cuda", lambda: backends.Backend("cuda", True, "a stand-in"))
-    monkeypatch.setattr(autoformer, "CudaGraphs", lambda device: lambda work: (work(), work))
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "on", lambda device: captured)
     monkeypatch.setattr(torch.profiler, "ProfilerActivity", SimpleNamespace(CPU="CPU", CUDA="CUDA"))
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(SimpleNamespace(key_averages=list)))
 

@@ -6,7 +6,6 @@ forward and backward pass is written out. `score(supernet.subnet(arch), ...)` gi
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from torch import Tensor
 from ..capture import Activation, Layer, Plan, SampleAxis, Sandbox, trace
 from ..capture.sandbox import random_states, torch_settings
 from ..clock import Clock
-from ..errors import InputError
 from ..losses import CrossEntropy, class_labels
 from ..memory import Empty
 from ..ops.activation_patterns import activate_and_pack
@@ -35,10 +33,11 @@ from ..scoring import Scored, attempted, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, Weights
-from .in_place import CudaGraphs, InPlace, Memory, NewMemory, Places, Recorder
+from .cuda_graphs import captures_on
+from .static_memory import Capture, Memory, MemoryPool, NewMemory, StaticMemory
 
 MOST_IN_FLIGHT = 2
-"""Candidates that have memory in place at a time: one runs while the next is launched."""
+"""Candidates that have static memory at a time: one runs while the next is launched."""
 
 Arch = Mapping[str, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -53,10 +52,19 @@ class AutoFormerEngine:
         labels: [S] integers, or what `loss` takes; None draws classes from the seed.
         loss: as in :func:`lswag_fast.score`.
         options: resolved, and without extra parameters.
+        captures: makes what captures launches, for one candidate at a time; or gives None where none can be. None: CUDA
+            graphs on a CUDA device, unless LSWAG_CUDA_GRAPHS says off.
     """
 
     def __init__(
-        self, supernet: AutoFormerSupernet, images: Tensor, labels: Any, loss: Loss | None, options: ScoreOptions
+        self,
+        supernet: AutoFormerSupernet,
+        images: Tensor,
+        labels: Any,
+        loss: Loss | None,
+        options: ScoreOptions,
+        *,
+        captures: Callable[[], Capture | None] | None = None,
     ) -> None:
         self._supernet, self._space = supernet, supernet.space
         self._options = options
@@ -72,11 +80,12 @@ class AutoFormerEngine:
             labels = class_labels(labels, len(images), self._classes, options.seed)
         self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
         self._loss: Loss = CrossEntropy() if loss is None else loss
-        self._recorder: Callable[[], Recorder] = partial(CudaGraphs, self._device)
-        # Other proxies run passes of their own after this one, and time it by events, which a CUDA graph cannot hold.
+        # Other proxies run passes of their own after this one.
         self.in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" and not clock_of(options).running else 1
         """How many candidates to launch before the first of them is read."""
-        self._places = Places(self._in_place, self.in_flight if self.in_flight > 1 and graphs_wanted() else 0)
+        self._captures = captures or captures_on(self._device)
+        self.pool = MemoryPool(self._static_memory, MOST_IN_FLIGHT)
+        """Where candidates lie on a device."""
 
     def score(self, arch: Arch) -> LswagResult:
         """Returns the score of a candidate in canonical form.
@@ -97,15 +106,14 @@ class AutoFormerEngine:
         with _current(self._device), random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if at_once:
-                self._places.give_up()
-            place = self._places.find()
-            losses = self._run(arch, plan, statistics, clock, place or NewMemory())
+                self.pool.give_up()
+            memory = self.pool.find()
+            losses = self._run(arch, plan, statistics, clock, memory or NewMemory())
             statistics.launch(losses)
-        pending = PendingScore(
-            Scored(plan, statistics, self._options, clock, partial(self._network, arch)), caught, start
-        )
-        if place is not None:
-            place.lend(pending)
+        scored = Scored(plan, statistics, self._options, clock, partial(self._network, arch))
+        pending = PendingScore(scored, caught, start)
+        if memory is not None:
+            memory.lend(pending)
         return pending
 
     def _run(self, arch: Arch, plan: Plan, statistics: PassStatistics, clock: Clock, memory: Memory) -> Tensor:
@@ -138,16 +146,23 @@ class AutoFormerEngine:
         given = (self._weights, arch, self._patches, self._grid)
         return AutoFormerPass(*given, memory=memory, activate=activate, packs=packs)
 
-    def _in_place(self) -> InPlace | None:
-        """Returns memory for any candidate of the space; None where not every operation puts its results there."""
-        choices, memory = self._space.choices, InPlace(self._recorder())
+    def _static_memory(self) -> StaticMemory | None:
+        """Returns memory for any candidate of the space; None: launches are not captured.
+
+        Nor can they be where an operation chooses its own memory, or where time is taken by events.
+        """
+        clock = clock_of(self._options)
+        capture = None if clock.running else self._captures()
+        if capture is None:
+            return None
+        choices, memory = self._space.choices, StaticMemory(capture)
         depth = max(choices.depth)
         largest = {
             "embed_dim": max(choices.embed_dim),
             "num_heads": [max(choices.num_heads)] * depth,
             "mlp_ratio": [max(choices.mlp_ratio)] * depth,
         }
-        candidate = self._pass(largest, memory, clock_of(self._options), [True] * depth)
+        candidate = self._pass(largest, memory, clock, [True] * depth)
         logits = candidate.forward(lambda *_: None)
         left = [*candidate.kept()]
         candidate.backward(torch.zeros_like(logits), lambda _, *given: left.extend(given[:2]), 1)
@@ -204,14 +219,6 @@ def engine_for(
     if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters or Need.OUTPUTS in options.needs():
         return None
     return AutoFormerEngine(supernet, images, labels, loss, options)
-
-
-def graphs_wanted() -> bool:
-    """Whether LSWAG_CUDA_GRAPHS lets launches be recorded; raises InputError where it says neither on nor off."""
-    wanted = os.environ.get("LSWAG_CUDA_GRAPHS") or "on"
-    if wanted not in ("on", "off"):
-        raise InputError(f"LSWAG_CUDA_GRAPHS must be on or off, got {wanted!r}")
-    return wanted == "on"
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -20,7 +20,7 @@ from ..ops.gelu import activation_backward
 from ..ops.layer_norm import NormalisedSum
 from ..ops.relative_attention import RelativeAttention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
-from .in_place import Emit, Memory
+from .static_memory import Emit, Memory
 
 LAYERS_BEFORE = 1
 LAYERS_A_BLOCK = 4
@@ -163,7 +163,7 @@ class AutoFormerPass:
         arch: a canonical candidate.
         patches: [S, patches, 3 * size * size], of which the patch convolution is a linear map.
         grid: rows and columns of patches.
-        memory: runs the stretches of the pass: what precedes the blocks, each block, what follows them.
+        memory: runs the segments of the pass: what precedes the blocks, each block, what follows them.
         activate: in every block.
         packs: whether the patterns of a block's activation are wanted.
     """
@@ -315,4 +315,4 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def _nothing(*_: Any) -> None:
-    """Takes what stretches hand over that hand over nothing."""
+    """Takes what segments hand over that hand over nothing."""

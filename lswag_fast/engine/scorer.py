@@ -65,6 +65,16 @@ class _Candidate:
     arch: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _FailedLaunch:
+    """What stands for a score that could not be started, until its turn to be read comes."""
+
+    error: Exception
+
+    def finish(self) -> LswagResult:
+        raise self.error
+
+
 class Scorer:
     """Scores candidates of one space on one batch of images, and keeps every score in a store.
 
@@ -186,7 +196,7 @@ class Scorer:
     def _finish(self, owner: str, claimed: Mapping[str, _Candidate]) -> list[Record]:
         """Scores claimed candidates until a commit is due, and returns the records committed."""
         records: list[Record] = []
-        under_way: deque[tuple[_Candidate, PendingScore]] = deque()
+        under_way: deque[tuple[_Candidate, PendingScore | _FailedLaunch]] = deque()
         due = time.monotonic() + COMMIT_SECONDS
         try:
             for candidate in claimed.values():
@@ -205,16 +215,16 @@ class Scorer:
             committed = self.store.commit(owner, self.run, records)
         return committed
 
-    def _launched(self, candidate: _Candidate) -> PendingScore | None:
-        """Starts a score beside others; None: it must be scored alone, also where its start has failed."""
+    def _launched(self, candidate: _Candidate) -> PendingScore | _FailedLaunch | None:
+        """Starts a score beside others; None: it must be scored alone, for want of an engine or of memory."""
         if self._engine is None or self._in_flight == 1:
             return None
         try:
             return self._engine.launch(candidate.arch)
-        except Exception:
-            return None
+        except Exception as error:
+            return None if is_out_of_memory(error) else _FailedLaunch(error)
 
-    def _read(self, candidate: _Candidate, pending: PendingScore) -> Record:
+    def _read(self, candidate: _Candidate, pending: PendingScore | _FailedLaunch) -> Record:
         def finish() -> LswagResult:
             try:
                 return pending.finish()

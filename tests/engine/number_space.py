@@ -11,6 +11,7 @@ from torch import nn
 
 from lswag_fast.engine.scorer import Scorer
 from lswag_fast.errors import InputError
+from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 
 IMAGES = torch.arange(4 * 3 * 2 * 2, dtype=torch.float32).reshape(4, 3, 2, 2)
 
@@ -34,6 +35,13 @@ class NumberSpace:
         model = nn.Identity()
         model.n = arch["n"]
         return model
+
+
+def result_of(n: int) -> LswagResult:
+    """The score of a number is the number."""
+    layer = LayerRow("w", 1, 100, 1, True, 0, 0.5, 0.5, 1.0, 1.0, None)
+    sizes = PatternSaturation(0.5, None), Counts(1, 1, 0.0, 1)
+    return LswagResult(float(n), 1.0, n, *sizes, (layer,), (1,), (), (), {}, {}, {}, 0.0, {})
 
 
 def numbers(*values: int) -> Iterator[dict[str, int]]:

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from number_space import IMAGES, NumberSpace, numbers, scorer
+from number_space import IMAGES, NumberSpace, numbers, result_of, scorer
 
 from lswag_fast.engine import scorer as scorer_module
 from lswag_fast.engine.scorer import Scorer
 from lswag_fast.errors import InputError, ScoreError, StoreError
-from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
+from lswag_fast.proxies.result import Counts, LswagResult, PatternSaturation
 from lswag_fast.store import Store
 
 
@@ -43,9 +43,7 @@ class CountingScore:
             time.sleep(self.seconds)
         if model.n in self.errors:
             raise self.errors[model.n]
-        layer = LayerRow("w", 1, 100, 1, True, 0, 0.5, 0.5, 1.0, 1.0, None)
-        sizes = PatternSaturation(0.5, None), Counts(1, 1, 0.0, 1)
-        return LswagResult(float(model.n), 1.0, model.n, *sizes, (layer,), (1,), (), (), {}, {}, {}, 0.0, {})
+        return result_of(model.n)
 
 
 @pytest.fixture

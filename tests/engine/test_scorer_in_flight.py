@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from number_space import numbers, scorer
+from number_space import numbers, result_of, scorer
 
 from lswag_fast.engine import scorer as scorer_module
 from lswag_fast.errors import InputError, ScoreError
-from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
+from lswag_fast.proxies.result import LswagResult
 
 TOO_MUCH = torch.OutOfMemoryError("CUDA out of memory")
 
@@ -36,7 +36,7 @@ class Engine:
 
     def score(self, arch: Any) -> LswagResult:
         self._note("score", arch["n"], self.score_errors)
-        return result(arch["n"])
+        return result_of(arch["n"])
 
     def _note(self, what: str, n: int, errors: dict[int, BaseException]) -> None:
         self.done.append(f"{what} {n}")
@@ -52,13 +52,7 @@ class Pending:
     def finish(self) -> LswagResult:
         self.engine.under_way -= 1
         self.engine._note("finish", self.n, self.engine.finish_errors)
-        return result(self.n)
-
-
-def result(n: int) -> LswagResult:
-    layer = LayerRow("w", 1, 100, 1, True, 0, 0.5, 0.5, 1.0, 1.0, None)
-    sizes = PatternSaturation(0.5, None), Counts(1, 1, 0.0, 1)
-    return LswagResult(float(n), 1.0, n, *sizes, (layer,), (1,), (), (), {}, {}, {}, 0.0, {})
+        return result_of(self.n)
 
 
 @pytest.fixture
@@ -103,7 +97,7 @@ def test_what_runs_out_of_memory_at_its_end_is_scored_again(engine: Engine) -> N
 
 def test_failures_are_recorded_and_take_no_other_with_them(engine: Engine) -> None:
     engine.finish_errors = {2: ScoreError("the loss of sample 0 is nan")}
-    engine.launch_errors = engine.score_errors = {4: RuntimeError("broken")}
+    engine.launch_errors = {4: RuntimeError("broken")}
     assert score(1, 2, 3, 4, 5) == [
         (1, "ok", 1.0),
         (2, "error", None),
@@ -111,6 +105,8 @@ def test_failures_are_recorded_and_take_no_other_with_them(engine: Engine) -> No
         (4, "error", None),
         (5, "ok", 5.0),
     ]
+    assert engine.done.count("launch 4") == 1
+    assert not [what for what in engine.done if what.startswith("score")]
 
 
 def test_an_interrupt_keeps_what_was_finished(engine: Engine) -> None:
@@ -126,6 +122,6 @@ def test_an_interrupt_keeps_what_was_finished(engine: Engine) -> None:
 
 
 def test_bad_input_ends_the_run(engine: Engine) -> None:
-    engine.launch_errors = engine.score_errors = {2: InputError("no such thing")}
+    engine.launch_errors = {2: InputError("no such thing")}
     with pytest.raises(InputError, match="no such thing"):
         score(1, 2)
