@@ -142,8 +142,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x + residual (x itself without one), that normalised, and its statistics [2, rows], float32.
 
-    `x` [..., columns] and `residual` are contiguous and of one dtype, as are `weight` and `bias` [columns].
+    `x` [..., columns] and `residual` are of one dtype, as are `weight` and `bias` [columns].
     """
+    x = x.contiguous()
+    residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
     columns = x.shape[-1]
     rows = x.numel() // columns
     normalised = empty_like(x, empty)
@@ -177,8 +179,10 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradient of `total`, and where asked for the weight's and the bias's, [2, columns] float32.
 
-    Arguments as `forward` returned them; the gradients of its results are contiguous.
+    Arguments as `forward` returned them, and the gradients of its results.
     """
+    total, grad_normalised = total.contiguous(), grad_normalised.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
     columns = total.shape[-1]
     rows = total.numel() // columns
     grad_x = empty_like(total, empty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class NormalisedSum:
         """Returns `total = x + residual` (x where None) and its layer_norm, where fused in one pass, put in `empty`."""
         _check(x, residual, weight, bias)
         if _fused(x):
-            total, normalised, statistics = _forward(x, residual, weight, bias, eps, empty)
+            total, normalised, statistics = _kernel().forward(x, residual, weight, bias, eps, empty)
             return NormalisedSum(total, normalised, weight, (statistics,))
         total = x if residual is None else x + residual
         normalised, *both = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
@@ -100,7 +101,9 @@ class NormalisedSum:
     def backward(self, of_normalised: Tensor, of_total: Tensor | None = None, *, empty: Empty = torch.empty) -> Tensor:
         """Returns the gradient at x, from those at `normalised` and at `total`; residual has the same."""
         if len(self._statistics) == 1:
-            return _backward(self.total, self._weight, self._statistics[0], of_total, of_normalised, False, empty)[0]
+            given = (self.total, self._weight, self._statistics[0], of_total, of_normalised)
+            found: Tensor = _kernel().backward(*given, False, empty)[0]
+            return found
         backward = torch.ops.aten.native_layer_norm_backward
         shape, mask = list(self._weight.shape), [True, False, False]
         grad: Tensor = backward(of_normalised, self.total, shape, *self._statistics, self._weight, None, mask)[0]
@@ -131,36 +134,10 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
             raise InputError(f"expected {name} on the device of x ({x.device}), got {other.device}; move it there")
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    empty: Empty = torch.empty,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the total, it normalised, and the statistics of its rows, by the kernel."""
-    from ..kernels import layer_norm as kernel
+def _kernel() -> ModuleType:
+    from ..kernels import layer_norm
 
-    residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
-    return kernel.forward(x.contiguous(), residual, weight, bias, eps, empty)
-
-
-def _backward(
-    total: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    of_total: Tensor | None,
-    of_normalised: Tensor,
-    of_parameters: bool,
-    empty: Empty = torch.empty,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the gradient at the total, and those of weight and bias [2, C] where asked, by the kernel."""
-    from ..kernels import layer_norm as kernel
-
-    of_total = None if of_total is None else of_total.contiguous()
-    of_normalised = of_normalised.contiguous()
-    return kernel.backward(total.contiguous(), weight, statistics, of_total, of_normalised, of_parameters, empty)
+    return layer_norm
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -168,7 +145,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        total, normalised, statistics = _forward(x, residual, weight, bias, eps)
+        total, normalised, statistics = _kernel().forward(x, residual, weight, bias, eps)
         ctx.added = residual is not None
         ctx.save_for_backward(total if ctx.added else x, weight, statistics)
         return (total, normalised) if ctx.added else normalised
@@ -179,7 +156,7 @@ class _LayerNorm(torch.autograd.Function):
         total, weight, statistics = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         of_total = grads[0] if ctx.added else None
-        grad, parameters = _backward(total, weight, statistics, of_total, grads[-1], wanted[2] or wanted[3])
+        grad, parameters = _kernel().backward(total, weight, statistics, of_total, grads[-1], wanted[2] or wanted[3])
         grad_weight = parameters[0].to(total.dtype) if parameters is not None and wanted[2] else None
         grad_bias = parameters[1].to(total.dtype) if parameters is not None and wanted[3] else None
         return grad if wanted[0] else None, grad if wanted[1] else None, grad_weight, grad_bias, None
