@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .backends import resolve_device
 from .capture import Plan, Sandbox, trace
 from .capture import run as run_capture
-from .capture.probe import probe
+from .capture.probe import UnknownOrderError, probe
 from .capture.run import check_losses
 from .capture.sandbox import check_device, preserved
 from .capture.trace import describe, take
@@ -59,9 +59,9 @@ def score(
 
     The model is left as it was: parameters, gradients, buffers, modes, random states and torch's settings.
 
-    On a CUDA device the host waits once, for the results. It waits more often for a model that folds its samples into
-    another axis, for weights that go one at a time, for proxies that run passes of their own, and for the seconds of
-    each where others than L-SWAG are asked for.
+    On a CUDA device the host waits once, for the results. It waits more often for weights that go one at a time, for
+    proxies that run passes of their own, and for the seconds of each where others than L-SWAG are asked for. Where the
+    results say that a model folds its samples into another axis in an order that cannot be told, the pass is run again.
 
     Args:
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
@@ -118,7 +118,7 @@ def score(
         with preserved(model), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             subject = _prepared(model, images, labels, loss, options, resolved, late)
-            result = attempted(lambda at_once: subject.scored(at_once).result(options, caught, start))
+            result = subject.result(options, caught, start)
     if result.uncovered:
         warnings.warn(f"{result.warnings[0]}", stacklevel=2)
     return result
@@ -135,7 +135,21 @@ class _Subject:
     loss: Loss
     options: ScoreOptions  # resolved
     clock: Clock
-    late: LateChecks  # of images and labels
+    late: LateChecks  # of images and labels, and of the orders of samples that the plan goes by
+
+    def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
+        """Returns the result of the pass, run once more where its plan took for granted what `late` then refutes."""
+
+        def attempt(at_once: bool) -> LswagResult:
+            return self.scored(at_once).result(asked, caught, start)
+
+        try:
+            with self.late:
+                return attempted(attempt)
+        except UnknownOrderError:
+            pass
+        # What the first pass held is free now that its error is.
+        return attempted(attempt)
 
     def scored(self, at_once: bool) -> Scored:
         """Runs the pass; `at_once` keeps no operand of one weight until those of the others are there."""
@@ -190,7 +204,7 @@ def _prepared(
     if isinstance(labels, Tensor):
         labels = labels.to(options.device, non_blocking=True)  # they are there, or come from the CPU
     with clock("trace"):
-        probe(plan, sandbox, take(images, 2))
+        probe(plan, sandbox, take(images, 2), late)
     return _Subject(sandbox, plan, images, labels, function, options, clock, late)
 
 
@@ -262,8 +276,8 @@ class Scored:
     def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
         """Waits for the pass and returns its result; `start` is when the score began.
 
-        Raises InputError where a late check finds bad values, before anything else is judged, and ScoreError where a
-        loss is not finite. Warnings that are caught until then are in the result.
+        Raises the error of a late check that fails (InputError where values are bad) before anything else is judged,
+        and ScoreError where a loss is not finite. Warnings that are caught until then are in the result.
         """
         statistics = self.statistics
         self.late.judge(statistics.brought())

@@ -1,4 +1,4 @@
-"""Checks of the values of a batch, which a device may still be computing while it is given the work on that batch."""
+"""Checks of values that a device may still be computing while it is given the work that hangs on them."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ class ValueCheck:
         if late is None or not computes_apart(self.values):
             self.refuse(self.numbers)
             return self.values
-        late.add(self)
+        late.add(self.name, self.numbers, self.refuse)
         return self.mended()
 
 
 class LateChecks:
     """Checks whose numbers come to the host with the results of the work that they are about; each is judged once.
 
-    As a context manager it judges them ahead of any error inside, which bad values may have caused.
+    As a context manager it judges them ahead of any error inside, which what they find may have caused.
     """
 
     def __init__(self) -> None:
-        self._checks: dict[str, ValueCheck] = {}
+        self._checks: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {}
 
-    def add(self, check: ValueCheck) -> None:
-        """Takes one more check."""
-        self._checks[check.name] = check
+    def add(self, name: str, numbers: Tensor, judge: Callable[[Tensor], None]) -> None:
+        """Takes one more check: `judge` takes the numbers, from anywhere, and raises where the work is in vain."""
+        self._checks[name] = (numbers, judge)
 
     def numbers(self) -> dict[str, Tensor]:
         """Returns what is to be brought to the host, by name."""
-        return {name: check.numbers for name, check in self._checks.items()}
+        return {name: numbers for name, (numbers, _) in self._checks.items()}
 
     def judge(self, numbers: Mapping[str, Tensor]) -> None:
-        """Takes the numbers of all checks by name; raises InputError for the first whose values do not pass."""
+        """Takes the numbers of all checks by name; raises the error of the first, in the order added, that fails."""
         checks, self._checks = self._checks, {}
-        for name, check in checks.items():
-            check.refuse(numbers[name])
+        for name, (_, judge) in checks.items():
+            judge(numbers[name])
 
     def __enter__(self) -> LateChecks:
         return self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import networks
@@ -64,8 +65,10 @@ def compute_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(value_checks, "computes_apart", lambda tensor: True)
 
 
-def score(batch: Tensor, classes: Tensor, model: torch.nn.Module | None = None) -> lswag_fast.LswagResult:
-    return lswag_fast.score(model or networks.Attention(), batch, classes, dtype="float32")
+def score(
+    batch: Tensor, classes: Tensor, model: torch.nn.Module | None = None, proxies: Sequence[str] = ("lswag",)
+) -> lswag_fast.LswagResult:
+    return lswag_fast.score(model or networks.Attention(), batch, classes, dtype="float32", proxies=proxies)
 
 
 @pytest.mark.parametrize("what", BAD_VALUES)
@@ -88,13 +91,34 @@ def test_images_are_judged_before_labels(late: None) -> None:
         score(images(float("nan")), labels(-1))
 
 
-def test_good_values_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("network", "passes"),
+    [
+        (networks.Attention, 1),
+        (networks.SequenceFirst, 1),
+        (partial(networks.Folded, True), 1),
+        (partial(networks.Folded, False), 1),
+        (networks.Between, 2),
+        (networks.BetweenActivation, 2),
+    ],
+    ids=["attention", "sequence first", "samples outermost", "samples innermost", "neither", "neither, activation too"],
+)
+def test_good_values_give_the_same_result(
+    network: Callable[[], torch.nn.Module], passes: int, launched: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    model = networks.Attention()
-    at_once = score(images(), labels(), model)
+    model, proxies = network(), ("lswag", "snip", "dss", "te_nas", "tcet")
+    at_once = score(images(), labels(), model, proxies)
+    launched.clear()
     compute_apart(monkeypatch)
-    late = score(images(), labels(), model)
-    assert (late.lswag, late.layers, late.warnings) == (at_once.lswag, at_once.layers, at_once.warnings)
+    late = score(images(), labels(), model, proxies)
+    assert len(launched) == passes
+    assert_same(late, at_once)
+    assert late.proxies == at_once.proxies
+
+
+def assert_same(one: lswag_fast.LswagResult, other: lswag_fast.LswagResult) -> None:
+    assert (one.lswag, one.layers, one.warnings) == (other.lswag, other.layers, other.warnings)
 
 
 class Unlucky(networks.Attention):
@@ -105,12 +129,23 @@ class Unlucky(networks.Attention):
         return output
 
 
+class UnluckyAfterProbe(networks.Between):
+    def forward(self, batch: Tensor) -> Any:
+        output = super().forward(batch)
+        if not batch.is_meta and len(batch) == SAMPLES:
+            raise ArithmeticError("unlucky")
+        return output
+
+
+@pytest.mark.parametrize("network", [Unlucky, UnluckyAfterProbe])
 @pytest.mark.parametrize("what", ["NaN", "negative label"])
-def test_bad_values_are_told_of_rather_than_what_they_may_have_caused(what: str, late: None) -> None:
+def test_bad_values_are_told_of_rather_than_what_they_may_have_caused(
+    what: str, network: type[torch.nn.Module], late: None
+) -> None:
     with pytest.raises(ArithmeticError, match="unlucky"):
-        score(images(), labels(), Unlucky())
+        score(images(), labels(), network())
     with pytest.raises(InputError):
-        score(*BAD_VALUES[what], Unlucky())
+        score(*BAD_VALUES[what], network())
 
 
 @pytest.mark.parametrize("what", ["NaN", "negative label"])
@@ -145,3 +180,14 @@ def test_a_second_attempt_is_judged_too(
     with pytest.raises(InputError):
         score(*BAD_VALUES[what])
     assert len(launched) == 2 - times
+
+
+@pytest.mark.parametrize(("network", "times"), [(partial(networks.Folded, False), 1), (networks.Between, 2)])
+def test_a_second_attempt_has_the_orders_too(
+    network: Callable[[], torch.nn.Module], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    at_once = score(images(), labels(), model)
+    compute_apart(monkeypatch)
+    monkeypatch.setattr(statistics, "gradient_moments", failing(times, torch.OutOfMemoryError("out of memory")))
+    assert_same(score(images(), labels(), model), at_once)

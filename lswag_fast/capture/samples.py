@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 TRACE_BATCHES = (2, 3)
@@ -15,24 +16,28 @@ class SampleAxis:
 
     axis: int
     factor: int  # entries a sample; above 1 where another axis is folded into this one, 0 where all samples share them
-    sample_major: bool = True  # the entries of one sample lie together; unknown until probed where factor > 1
+    sample_major: bool | Tensor = True
+    """Where factor > 1, once it is probed: the entries of one sample lie together. A tensor []: a device knows."""
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
-        """Returns a view of `tensor` as [S, ...]; the folded axis, if any, comes second."""
+        """Returns a view of `tensor` as [S, ...]; the folded axis, if any, comes second.
+
+        It is a copy where a device alone knows the order, which the host then need not wait for.
+        """
         if self.factor == 0:
             return tensor.expand(samples, *tensor.shape)
         if self.factor == 1:
             return tensor.movedim(self.axis, 0)
+        if isinstance(self.sample_major, Tensor):
+            together = replace(self, sample_major=True).split(tensor, samples)
+            alternating = replace(self, sample_major=False).split(tensor, samples)
+            return torch.where(self.sample_major, together, alternating)
         shape, axis = tensor.shape, self.axis
         if self.sample_major:
             unfolded = tensor.reshape(*shape[:axis], samples, self.factor, *shape[axis + 1 :])
             return unfolded.movedim((axis, axis + 1), (0, 1))
         unfolded = tensor.reshape(*shape[:axis], self.factor, samples, *shape[axis + 1 :])
         return unfolded.movedim((axis + 1, axis), (0, 1))
-
-    def interleaved(self) -> SampleAxis:
-        """Returns this axis with the samples alternating on it instead."""
-        return replace(self, sample_major=False)
 
 
 SHARED = SampleAxis(0, 0)

@@ -177,6 +177,42 @@ class Windows(Base):
         return y.view(16, -1, 12).transpose(0, 1)
 
 
+class Folded(Base):
+    """Tokens folded with the samples outermost, or innermost: the same calls, of the same shapes."""
+
+    def __init__(self, sample_major: bool = True) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+        self.sample_major = sample_major
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.sample_major:
+            return F.gelu(self.inner(x.flatten(0, 1))).unflatten(0, (-1, 16))
+        return F.gelu(self.inner(x.transpose(0, 1).flatten(0, 1))).unflatten(0, (16, -1)).transpose(0, 1)
+
+
+class Between(Base):
+    """Tokens folded with the samples in their midst: neither order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+
+    def folded(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.folded(x.unflatten(1, (4, 4)).transpose(0, 1).flatten(0, 2))
+        return F.gelu(y.unflatten(0, (4, -1, 4)).transpose(0, 1).flatten(1, 2))
+
+
+class BetweenActivation(Between):
+    """An activation there too, which is then left out of the count."""
+
+    def folded(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x))
+
+
 class NoSampleAxis(Base):
     """A weight whose input is a constant table."""
 

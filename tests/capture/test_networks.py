@@ -31,6 +31,7 @@ FUSED: dict[str, list[str]] = {
     "TokenMixing": ["tokens.patch.weight", "mix", "channel", "head.weight"],
     "Interleaved": ["tokens.patch.weight", "qkv", "wide", "head.weight"],
     "Windows": ["tokens.patch.weight", "window.weight", "inner.weight", "head.weight"],
+    "Folded": ["tokens.patch.weight", "inner.weight", "head.weight"],
     "Unused": ["tokens.patch.weight", "aside.weight", "frozen.weight", "head.weight"],
     "Queries": ["tokens.patch.weight", "key.weight", "head.weight"],
     "RelativeTable": ["tokens.patch.weight", "value.weight", "head.weight"],
@@ -49,6 +50,7 @@ SLOW: dict[str, list[str]] = {
         "first",
         "second",
     ],
+    "Between": ["inner.weight"],
     "NoSampleAxis": ["bias_mlp.0.weight", "bias_mlp.2.weight"],
     "Convolutions": ["same.weight"],
     "Dilations": ["kernel"],
@@ -257,6 +259,13 @@ class Named(networks.Base):
             return F.gelu(torch.bmm(F.scaled_dot_product_attention(q, k, v), x.transpose(1, 2)) @ x)
         attended = F.scaled_dot_product_attention(query=q, key=k, value=v)
         return F.gelu(torch.bmm(input=attended, mat2=x.transpose(1, 2)) @ x)
+
+
+def test_an_activation_whose_samples_are_not_known_is_left_out() -> None:
+    images, labels = batch()
+    result = lswag_fast.score(build("BetweenActivation"), images, labels, dtype="float32")
+    assert result.counts.positions == 16 * 12
+    assert any("1 activations are not counted in Psi" in warning for warning in result.warnings)
 
 
 def test_operands_may_be_given_by_name() -> None:

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import lswag_fast
+from lswag_fast import value_checks
 from lswag_fast.capture.sandbox import torch_settings
+
+SAMPLES = 4
 
 
 class Stubborn(networks.Convolutions):
@@ -81,6 +84,35 @@ def test_everything_is_as_before(training: bool, fails: bool) -> None:
         assert_same(before, state_of(model))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_everything_is_as_before_a_pass_that_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(networks.Between):
+        """Counts its real passes over a whole batch, and keeps the last one's tokens."""
+
+        calls = 0
+        kept: torch.Tensor | None = None
+
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            if not x.is_meta and len(x) == SAMPLES:
+                self.calls, self.kept = self.calls + 1, x
+                counted.append(self.calls)
+            return super().body(x)
+
+    counted: list[int] = []
+    torch.manual_seed(3)
+    model = Counting().train()
+    model.dropout = nn.Dropout(0.5)
+    model.register_buffer("steps", torch.zeros(3))
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    images = torch.randn(SAMPLES, *networks.IMAGE)
+    before = copy.deepcopy(state_of(model))
+    before["identities"] = {n: id(p) for n, p in model.named_parameters()}
+    monkeypatch.setattr(value_checks, "computes_apart", lambda tensor: True)
+    lswag_fast.score(model, images)
+    assert counted == [1, 1]
+    assert (model.calls, model.kept) == (0, None)
+    assert_same(before, state_of(model))
 
 
 def test_dropout_is_off_while_scoring() -> None:

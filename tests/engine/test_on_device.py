@@ -135,7 +135,7 @@ def test_a_candidate_is_read_while_the_work_after_it_goes_on(
     assert found == expected
 
 
-@pytest.mark.parametrize("network", [networks.Attention, networks.Convolutions])
+@pytest.mark.parametrize("network", [networks.Attention, networks.Convolutions, networks.Windows, networks.Between])
 def test_any_module(network: type[torch.nn.Module]) -> None:
     torch.manual_seed(0)
     model, batch = network(), torch.randn(8, *networks.IMAGE)
@@ -146,10 +146,11 @@ def test_any_module(network: type[torch.nn.Module]) -> None:
     assert_close(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize("network", [networks.Tied, networks.SequenceFirst, networks.Windows])
 @pytest.mark.parametrize("given", ["labels on the device", "labels on the CPU", "no labels"])
-def test_any_module_is_launched_and_read_after_one_wait(given: str) -> None:
+def test_any_module_is_launched_and_read_after_one_wait(given: str, network: type[torch.nn.Module]) -> None:
     torch.manual_seed(0)
-    model, batch = networks.Tied().to("cuda"), torch.randn(8, *networks.IMAGE, device="cuda")
+    model, batch = network().to("cuda"), torch.randn(8, *networks.IMAGE, device="cuda")
     given_on = {"labels on the device": "cuda", "labels on the CPU": "cpu"}.get(given)
     labels = torch.arange(8, device=given_on) % networks.CLASSES if given_on else None
     expected = lswag_fast.score(model, batch, labels, dtype="float32")

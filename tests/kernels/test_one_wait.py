@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'lswag-fast[gpu]'")
 if torch.cuda.is_available():
     pytest.skip("on a CUDA device torch itself tells what waits", allow_module_level=True)
+
+import networks
 
 import lswag_fast
 from lswag_fast import spaces, value_checks
@@ -115,6 +118,38 @@ def test_any_module_is_read_after_one_wait_with_the_checks_of_what_a_device_was_
         lswag_fast.score(network, images(16), torch.arange(4), dtype="float32")
     assert sorted(place.rpartition("/")[2].partition(":")[0] for place in reads.places) == reads_in
     assert brought == [{"losses", "counts", "moments", *checked}]
+
+
+@pytest.mark.parametrize(
+    ("network", "passes"),
+    [
+        (networks.Attention, 1),
+        (networks.SequenceFirst, 1),
+        (networks.Windows, 1),
+        (partial(networks.Folded, True), 1),
+        (partial(networks.Folded, False), 1),
+        (networks.Between, 2),
+    ],
+    ids=["attention", "sequence first", "windows", "samples outermost", "samples innermost", "neither"],
+)
+def test_folded_samples_are_told_without_a_wait(
+    network: Callable[[], torch.nn.Module],
+    passes: int,
+    device: torch.device,
+    brought: list[set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, labels = network(), torch.arange(4)
+    at_once = lswag_fast.score(model, images(8), labels, dtype="float32")
+    brought.clear()
+    monkeypatch.setattr(value_checks, "computes_apart", lambda tensor: True)
+    with Reads() as reads:
+        late = lswag_fast.score(model, images(8), labels, dtype="float32")
+    assert not reads.places
+    assert len(brought) == passes
+    assert brought[0] == {"losses", "counts", "moments", "images", "labels", "orders"}
+    assert (late.lswag, late.layers, late.warnings) == (at_once.lswag, at_once.layers, at_once.warnings)
 
 
 def images(size: int) -> Tensor:
