@@ -21,6 +21,9 @@ from ..errors import InputError
 _deterministic: Any = import_module("torch.utils.deterministic")
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_CUBLAS_IS_ASKED_FOR = _CUBLAS in (torch.use_deterministic_algorithms.__doc__ or "")
+"""Whether this torch calls matrix products on CUDA deterministic only where that is set. Newer ones always give cuBLAS
+a workspace of their own (pytorch/pytorch#161749), but read the variable at every product: 25 to 80 us each."""
 _MATH: Any = torch.backends
 _FLOAT32_BACKENDS: list[Any] = [
     backend
@@ -181,8 +184,8 @@ def torch_settings() -> Iterator[None]:
         # Filling fresh memory with NaN is part of deterministic mode, and would cost a pass over every tensor.
         _deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Without this some versions of torch call no matrix product on CUDA deterministic, and warn.
-        os.environ.setdefault(_CUBLAS, ":4096:8")
+        if _CUBLAS_IS_ASKED_FOR:
+            os.environ.setdefault(_CUBLAS, ":4096:8")
         with (
             torch.inference_mode(False),
             torch.enable_grad(),

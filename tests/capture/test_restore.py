@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 
 import networks
@@ -10,6 +11,7 @@ from torch import nn
 
 import lswag_fast
 from lswag_fast import value_checks
+from lswag_fast.capture import sandbox
 from lswag_fast.capture.sandbox import torch_settings
 
 SAMPLES = 4
@@ -218,3 +220,18 @@ def test_older_and_newer_settings_of_precision_agree_inside(precision: str) -> N
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+@pytest.mark.parametrize("before", [None, ":16:8"])
+def test_the_workspace_of_cublas_is_named_only_where_torch_asks_for_it(
+    asked_for: bool, before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch reads the variable at every product, and may have given cuBLAS less memory than it then says."""
+    monkeypatch.setattr(sandbox, "_CUBLAS_IS_ASKED_FOR", asked_for)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
+    with torch_settings():
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (before or (":4096:8" if asked_for else None))
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
