@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .capture.trace import describe
 from .errors import InputError
+from .memory import Empty
 from .value_checks import LateChecks, ValueCheck
 
 
@@ -23,6 +24,18 @@ class CrossEntropy:
         logits = logits_of(output)
         self.classes = logits.shape[1]
         return F.cross_entropy(logits.float(), labels, reduction="none")
+
+    @staticmethod
+    def with_gradient(logits: Tensor, labels: Tensor, empty: Empty) -> tuple[Tensor, Tensor]:
+        """Returns the losses [S] of logits [S, classes], and the gradient of their sum there, without autograd."""
+        log_softmax = F.log_softmax(logits.float(), dim=1)
+        losses = empty(labels.shape, dtype=log_softmax.dtype, device=logits.device)
+        torch.neg(log_softmax.gather(1, labels.unsqueeze(1)).squeeze(1), out=losses)
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        gradient = empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        of_log_softmax = -(labels.unsqueeze(1) == classes).float()
+        gradient.copy_(torch.ops.aten._log_softmax_backward_data(of_log_softmax, log_softmax, 1, log_softmax.dtype))
+        return losses, gradient
 
 
 def logits_of(output: Any) -> Tensor:

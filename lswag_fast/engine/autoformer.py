@@ -32,9 +32,9 @@ from ..proxies.statistics import PassStatistics
 from ..scoring import Scored, attempted, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
-from .autoformer_pass import AutoFormerPass, Weights
+from .autoformer_pass import AutoFormerPass, Weights, nothing
 from .cuda_graphs import captures_on
-from .static_memory import Capture, Memory, MemoryPool, NewMemory, StaticMemory
+from .static_memory import Capture, Emit, Memory, MemoryPool, NewMemory, StaticMemory
 
 MOST_IN_FLIGHT = 2
 """Candidates that have static memory at a time: one runs while the next is launched."""
@@ -126,15 +126,30 @@ class AutoFormerEngine:
 
         candidate = self._pass(arch, memory, clock, [statistics.wants(a) for a in plan.activations])
         with clock("forward"):
-            logits = candidate.forward(packed).detach().requires_grad_()
-        with torch.enable_grad():
-            losses = self._loss(logits, self._labels)
-            (grad,) = torch.autograd.grad(losses.sum(), logits)
+            logits = candidate.forward(packed)
+        losses, grad = self._losses(logits, memory)
         first = next((i for i, layer in enumerate(plan.layers) if layer.kept), None)
         if first is not None:
             with clock("backward"):
                 candidate.backward(grad, deliver, first)
-        return losses.detach()
+        return losses
+
+    def _losses(self, logits: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Returns the losses [S], and the gradient of their sum at the logits, in `memory`."""
+        if type(self._loss) is CrossEntropy:
+            return self._cross_entropy(logits, memory)
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = self._loss(leaf, self._labels)
+            (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), memory.placed("loss", grad)
+
+    def _cross_entropy(self, logits: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        def work(empty: Empty, _: Emit) -> tuple[Tensor, Tensor]:
+            return CrossEntropy.with_gradient(logits, self._labels, empty)
+
+        with torch.no_grad():
+            return memory.run("loss", None, (logits,), work, nothing)
 
     def _pass(self, arch: Arch, memory: Memory, clock: Clock, packs: Sequence[bool]) -> AutoFormerPass:
         def activate(pre: Tensor, packed: bool, empty: Empty) -> tuple[Tensor, Tensor | None]:
@@ -165,7 +180,11 @@ class AutoFormerEngine:
         candidate = self._pass(largest, memory, clock, [True] * depth)
         logits = candidate.forward(lambda *_: None)
         left = [*candidate.kept()]
-        candidate.backward(torch.zeros_like(logits), lambda _, *given: left.extend(given[:2]), 1)
+        if type(self._loss) is CrossEntropy:
+            _, grad = self._cross_entropy(logits, memory)
+        else:
+            grad = memory.placed("loss", torch.zeros_like(logits))
+        candidate.backward(grad, lambda _, *given: left.extend(given[:2]), 1)
         return memory if all(map(memory.holds, left)) else None
 
     def _network(self, arch: Arch, shared: SharedWork) -> Network:

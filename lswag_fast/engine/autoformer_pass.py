@@ -193,7 +193,7 @@ class AutoFormerPass:
     def forward(self, packed: Packed) -> Tensor:
         """Returns the logits [S, classes], and hands over the words of the activations that are wanted."""
         run = self._memory.run
-        x, change = run("start", self._embed, (), self._start, _nothing), None
+        x, change = run("start", self._embed, (), self._start, nothing), None
         for number, (heads, ratio, packs) in enumerate(self._choices):
             weights = self._weights.block(number, self._embed, heads, ratio)
             work = partial(self._block, number, x, change, weights, packs)
@@ -201,7 +201,7 @@ class AutoFormerPass:
             block, change = run(("block", number), choice, _present(x, change), work, packed)
             self._blocks.append(block)
             x = block.mlp_norm.total
-        self._end = run("end", self._embed, _present(x, change), partial(self._finish, x, change), _nothing)
+        self._end = run("end", self._embed, _present(x, change), partial(self._finish, x, change), nothing)
         return self._end.logits
 
     def kept(self) -> Iterator[Tensor]:
@@ -214,15 +214,15 @@ class AutoFormerPass:
     def backward(self, grad: Tensor, deliver: Deliver, first: int) -> None:
         """Hands over every layer from the last to the one at position `first`, from the logits' gradient.
 
-        Lets go of what a block kept as soon as it is through, so that it can run once.
+        The gradient lies in the memory of the pass. Lets go of what a block kept as soon as it is through, so that it
+        can run once.
         """
         position = LAYERS_BEFORE + LAYERS_A_BLOCK * len(self._blocks)
-        grad = self._memory.placed("loss", grad)
         deliver(position, self._end.pooled, grad, self._ends.head[0])
         if first >= position:
             return
         work = partial(self._backward_of_end, self._end, grad)
-        grad = self._memory.run("end backward", self._embed, (grad, self._end.norm.normalised), work, _nothing)
+        grad = self._memory.run("end backward", self._embed, (grad, self._end.norm.normalised), work, nothing)
         while self._blocks and first < position:
             position -= LAYERS_A_BLOCK
             block, number = self._blocks.pop(), len(self._blocks)
@@ -314,5 +314,5 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _nothing(*_: Any) -> None:
+def nothing(*_: Any) -> None:
     """Takes what segments hand over that hand over nothing."""
