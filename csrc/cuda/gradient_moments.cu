@@ -21,14 +21,19 @@ __global__ void __launch_bounds__(kMomentsThreads, 1)
 #endif
 }
 
+// Asks for the current device.
+bool kernel_is_built() {
+    cudaFuncAttributes attributes = {};
+    return succeeded(cudaFuncGetAttributes(&attributes, grouped_moments_kernel<BFloat16Product>)) &&
+           attributes.sharedSizeBytes >= sizeof(MomentsShared);
+}
+
 template <class Product>
 void launch(const GroupedMoments& task, const Queue& queue) {
-    int multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device),
-          "cudaDeviceGetAttribute");
+    const int multiprocessors = attribute_of(queue.device, cudaDevAttrMultiProcessorCount);
     const auto kernel = grouped_moments_kernel<Product>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDynamicBytes),
-          "asking for shared memory");
+          "cudaFuncSetAttribute (shared memory of grouped_moments)");
     const int tiles = (task.end_tile - task.first_tile) / 2;
     const int blocks = tiles < multiprocessors ? tiles : multiprocessors;
     kernel<<<static_cast<unsigned>(blocks), kMomentsThreads, kDynamicBytes, stream_of(queue)>>>(task);
@@ -38,20 +43,14 @@ void launch(const GroupedMoments& task, const Queue& queue) {
 }  // namespace
 
 bool has_grouped_moments(int device) {
-    int major = 0, minor = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess || major != 9 ||
-        minor != 0)
-        return false;
+    if (compute_capability(device) != 90) return false;
     const OnDevice current({device, 0});
-    cudaFuncAttributes attributes = {};
-    return cudaFuncGetAttributes(&attributes, grouped_moments_kernel<BFloat16Product>) == cudaSuccess &&
-           attributes.sharedSizeBytes >= sizeof(MomentsShared);
+    return kernel_is_built();
 }
 
 void grouped_moments(const GroupedMoments& task, DType dtype, const Queue& queue) {
     const OnDevice device(queue);
-    if (!has_grouped_moments(queue.device))
+    if (compute_capability(queue.device) != 90 || !kernel_is_built())
         throw std::runtime_error(
             "this kernel needs a device of compute capability 9.0 and a build for sm_90a "
             "(CMAKE_CUDA_ARCHITECTURES=90a)");

@@ -12,27 +12,42 @@
 namespace lswag {
 namespace cuda {
 
+// Takes an error out of the runtime, too, which would blame the next launch for it.
+inline bool succeeded(cudaError_t code) {
+    if (code == cudaSuccess) return true;
+    cudaGetLastError();
+    return false;
+}
+
 inline void check(cudaError_t code, const char* what) {
-    if (code != cudaSuccess)
+    if (!succeeded(code))
         throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(code));
+}
+
+inline int attribute_of(int device, cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+// Ten times the number that NVIDIA gives it.
+inline int compute_capability(int device) {
+    return 10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) +
+           attribute_of(device, cudaDevAttrComputeCapabilityMinor);
 }
 
 // Makes a queue's device the current one until it is destroyed.
 class OnDevice {
  public:
     explicit OnDevice(const Queue& queue) {
+        const int capability = compute_capability(queue.device);
+        if (capability < 80)
+            throw std::runtime_error("this device has compute capability " + std::to_string(capability / 10) + "." +
+                                     std::to_string(capability % 10) + "; 8.0 or newer is needed");
         check(cudaGetDevice(&previous_), "cudaGetDevice");
         check(cudaSetDevice(queue.device), "cudaSetDevice");
-        int major = 0, minor = 0;
-        const cudaError_t code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, queue.device);
-        if (code == cudaSuccess) cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, queue.device);
-        if (code == cudaSuccess && major >= 8) return;
-        cudaSetDevice(previous_);
-        check(code, "cudaDeviceGetAttribute");
-        throw std::runtime_error("this device has compute capability " + std::to_string(major) + "." +
-                                 std::to_string(minor) + "; 8.0 or newer is needed");
     }
-    ~OnDevice() { cudaSetDevice(previous_); }
+    ~OnDevice() { succeeded(cudaSetDevice(previous_)); }
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;
 

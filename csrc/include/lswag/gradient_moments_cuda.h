@@ -22,7 +22,8 @@ struct GroupedMoments {
     int end_tile;
 };
 
-// Whether a device runs this kernel: compute capability 9.0, and a build that holds machine code for sm_90a.
+// Whether a device runs this kernel: compute capability 9.0, and a build that holds machine code for sm_90a. Throws
+// std::runtime_error where there is no such device.
 bool has_grouped_moments(int device);
 
 // Throws std::runtime_error where it does not, or a launch fails. `dtype` is bfloat16 or float16.
