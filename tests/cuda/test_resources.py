@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).with_name("resources.py")
-_specification = importlib.util.spec_from_file_location("cuda_resources", SCRIPT)
-assert _specification is not None
-assert _specification.loader is not None
-resources = importlib.util.module_from_spec(_specification)
-_specification.loader.exec_module(resources)
+import resources
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +46,7 @@ def test_products_of_moments_run_on_tensor_cores_and_overlap(tmp_path: Path) -> 
 
 
 def test_the_committed_table_is_what_the_kernels_compile_to(compiled: dict[str, Any]) -> None:
-    committed = json.loads(SCRIPT.with_suffix(".json").read_text())
+    committed = json.loads(resources.TABLE.read_text())
     if compiled["nvcc"] != committed["nvcc"]:
         pytest.skip(f"the table was made with nvcc {committed['nvcc']}, this is {compiled['nvcc']}")
     assert compiled == committed, "python tests/cuda/resources.py --write makes the table anew"
