@@ -10,6 +10,10 @@ CONSTRAINED := $(BIN)/pip install -q -c constraints.txt
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_SOURCES)
 
+# Where there is no ninja make builds the extension, and without this one file at a time. What OpenMP is given says
+# nothing of compilers, but nproc would follow it.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell env -u OMP_NUM_THREADS nproc)
+
 .PHONY: demo test lint pytest sanitize bench bench-gpu format clean
 .DELETE_ON_ERROR:
 

@@ -83,6 +83,17 @@ def test_importing_costs_little_beyond_torch():
     assert median(seconds) < 1
 
 
+def test_builds_by_make_take_every_processor(tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$CMAKE_BUILD_PARALLEL_LEVEL"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CMAKE", "MAKE"))}
+    command = ["make", "-s", "-C", str(REPOSITORY), "bench-gpu", f"PYTHON={python}"]
+    for threads in ({}, {"OMP_NUM_THREADS": "1"}):
+        printed = subprocess.run(command, env=environment | threads, check=True, capture_output=True, text=True).stdout
+        assert set(re.findall(r"^\d+$", printed, re.MULTILINE)) == {str(len(os.sched_getaffinity(0)))}
+
+
 def test_stubs_name_what_the_module_holds():
     stub = ast.parse((REPOSITORY / "lswag_fast" / "_C.pyi").read_text())
     functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
