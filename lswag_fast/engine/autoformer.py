@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from ..proxies.statistics import PassStatistics
 from ..scoring import Scored, attempted, clock_of
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
-from .autoformer_pass import AutoFormerPass, Weights, nothing
+from .autoformer_pass import AutoFormerPass, LayerUse, Weights, nothing
 from .cuda_graphs import captures_on
 from .static_memory import Capture, Emit, Memory, MemoryPool, NewMemory, StaticMemory
 
@@ -103,7 +103,9 @@ class AutoFormerEngine:
         clock = clock_of(self._options)
         plan = self._plan(arch)
         statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
-        with _current(self._device), random_states(), torch_settings(), warnings.catch_warnings(record=True) as caught:
+        # A loss that somebody gives may draw numbers.
+        states = nullcontext() if type(self._loss) is CrossEntropy else random_states()
+        with _current(self._device), states, torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if at_once:
                 self.pool.give_up()
@@ -120,9 +122,13 @@ class AutoFormerEngine:
         def packed(block: int, words: Tensor) -> None:
             statistics.packed(plan.activations[block], words)
 
-        def deliver(position: int, inputs: Tensor, output_grads: Tensor, operand: Tensor) -> None:
-            if plan.layers[position].kept:
-                statistics.weight(plan.layers[position], [inputs], [output_grads], None, operand)
+        def deliver(position: int, use: LayerUse) -> None:
+            layer = plan.layers[position]
+            if layer.kept and statistics.waits_for_all:
+                use.problem = use.problem or statistics.problem([use.inputs], [use.output_grads])
+                statistics.keep(layer, use.problem)
+            elif layer.kept:
+                statistics.weight(layer, [use.inputs], [use.output_grads], None, use.weight)
 
         candidate = self._pass(arch, memory, clock, [statistics.wants(a) for a in plan.activations])
         with clock("forward"):
@@ -184,7 +190,7 @@ class AutoFormerEngine:
             _, grad = self._cross_entropy(logits, memory)
         else:
             grad = memory.placed("loss", torch.zeros_like(logits))
-        candidate.backward(grad, lambda _, *given: left.extend(given[:2]), 1)
+        candidate.backward(grad, lambda _, use: left.extend((use.inputs, use.output_grads)), 1)
         return memory if all(map(memory.holds, left)) else None
 
     def _network(self, arch: Arch, shared: SharedWork) -> Network:
@@ -223,8 +229,10 @@ class PendingScore:
     def finish(self) -> LswagResult:
         """Waits for it and returns it, once; raises ScoreError where a loss is not finite."""
         try:
-            with random_states(), torch_settings(), warnings.catch_warnings(record=True) as later:
-                warnings.simplefilter("always")  # proxies may run passes of their own
+            # Other proxies than L-SWAG may run passes of their own.
+            passes = clock_of(self.scored.options).running
+            with _pass_settings() if passes else nullcontext(), warnings.catch_warnings(record=True) as later:
+                warnings.simplefilter("always")
                 result = self.scored.result(self.scored.options, self.caught, self.start)
         finally:
             self.finished = True
@@ -238,6 +246,12 @@ def engine_for(
     if not isinstance(supernet, AutoFormerSupernet) or options.extra_parameters or Need.OUTPUTS in options.needs():
         return None
     return AutoFormerEngine(supernet, images, labels, loss, options)
+
+
+@contextmanager
+def _pass_settings() -> Iterator[None]:
+    with random_states(), torch_settings():
+        yield
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..memory import Empty
 from ..ops.gelu import activation_backward
+from ..ops.gradient_moments_grouped import MomentProblem
 from ..ops.layer_norm import NormalisedSum
 from ..ops.relative_attention import RelativeAttention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
@@ -32,8 +33,24 @@ Activate = Callable[[Tensor, bool, Empty], tuple[Tensor, Tensor | None]]
 """(pre-activation [S, T, hidden], whether its patterns are wanted, memory) -> GELU of it, and the packed patterns."""
 Packed = Callable[[int, Tensor], None]
 """(number of the block, packed patterns of its activation)."""
-Deliver = Callable[[int, Tensor, Tensor, Tensor], None]
-"""(position of the layer, its inputs [S, ..., I], the gradients at its outputs [S, ..., O], its weight [O, I])."""
+
+
+@dataclass
+class LayerUse:
+    """What the backward pass hands over of a layer; a segment that is launched again hands over the same object."""
+
+    inputs: Tensor
+    """[S, ..., I]."""
+    output_grads: Tensor
+    """[S, ..., O]."""
+    weight: Tensor
+    """[O, I]."""
+    problem: MomentProblem | None = None
+    """Who takes it over may keep here what its moments are launched by."""
+
+
+Deliver = Callable[[int, LayerUse], None]
+"""(position of the layer, its use)."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +235,7 @@ class AutoFormerPass:
         can run once.
         """
         position = LAYERS_BEFORE + LAYERS_A_BLOCK * len(self._blocks)
-        deliver(position, self._end.pooled, grad, self._ends.head[0])
+        deliver(position, LayerUse(self._end.pooled, grad, self._ends.head[0]))
         if first >= position:
             return
         work = partial(self._backward_of_end, self._end, grad)
@@ -231,7 +248,7 @@ class AutoFormerPass:
             work = partial(self._backward_of, block, grad, position, left_out)
             grad = self._memory.run(("block backward", number), choice, (grad, block.post), work, deliver)
         if first < LAYERS_BEFORE:
-            deliver(0, self._patches, grad[:, 1:], self._ends.patches[0])
+            deliver(0, LayerUse(self._patches, grad[:, 1:], self._ends.patches[0]))
 
     def _start(self, empty: Empty, _: Emit) -> Tensor:
         """Returns the tokens [S, T, embed] that enter the first block."""
@@ -290,15 +307,15 @@ class AutoFormerPass:
         """
         queries, projection = block.weights.queries[0], block.weights.projection[0]
         widen, narrow = block.weights.widen[0], block.weights.narrow[0]
-        deliver(position + 3, block.post, grad, narrow)
+        deliver(position + 3, LayerUse(block.post, grad, narrow))
         grad_pre = activation_backward(torch.matmul(grad, narrow), block.pre, "gelu", empty=empty)
-        deliver(position + 2, block.mlp_norm.normalised, grad_pre, widen)
+        deliver(position + 2, LayerUse(block.mlp_norm.normalised, grad_pre, widen))
         if left_out >= 2:
             return grad
         grad = block.mlp_norm.backward(torch.matmul(grad_pre, widen), grad, empty=empty)
-        deliver(position + 1, block.attention.output, grad, projection)
+        deliver(position + 1, LayerUse(block.attention.output, grad, projection))
         grad_qkv = block.attention.backward(torch.matmul(grad, projection), empty=empty)
-        deliver(position, block.attention_norm.normalised, grad_qkv, queries)
+        deliver(position, LayerUse(block.attention_norm.normalised, grad_qkv, queries))
         return block.attention_norm.backward(torch.matmul(grad_qkv, queries), grad, empty=empty)
 
 

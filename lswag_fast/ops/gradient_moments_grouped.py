@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,10 @@ _MOST_KINDS = 4096
 
 @dataclass(frozen=True)
 class MomentProblem:
-    """One weight, with the arguments that `gradient_moments` takes."""
+    """One weight, with the arguments that `gradient_moments` takes.
+
+    It may be launched again on other values of its tensors; they must lie where they lay, which is looked at once.
+    """
 
     inputs: Tensor | Sequence[Tensor]
     output_grads: Tensor | Sequence[Tensor]
@@ -39,6 +42,7 @@ class MomentProblem:
     maps: bool = False
     tf32: bool = False
     """Multiply float32 operands in TF32, which keeps 10 bits of them; the CPU has no such type and uses float32."""
+    _prepared: dict[bool, _Problem] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class PendingMoments:
@@ -128,15 +132,14 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     """
     if not problems:
         return PendingMoments([], [])
-    given = [(_tensors("inputs", p.inputs), _tensors("output_grads", p.output_grads)) for p in problems]
-    device = given[0][0][0].device
+    device = _tensors("inputs", problems[0].inputs)[0].device
     implementation = backends.implementation("gradient_moments", device.type)
     if implementation in ("triton", "cuda"):
         wgmma = implementation == "cuda" and _has_wgmma(device)
-        launchable = [_problem(p, *operands, wgmma) for p, operands in zip(problems, given, strict=True)]
+        launchable = [p._prepared.get(wgmma) or _problem(p, wgmma) for p in problems]
         _check_one_device(device, [p.weight.operands[0] for p in launchable])
         return PendingMoments(launchable, [])
-    taken = [checked(*operands, p.groups, p.convolution) for p, operands in zip(problems, given, strict=True)]
+    taken = [checked(*_operands(p), p.groups, p.convolution) for p in problems]
     _check_one_device(device, [a[0] for a, *_ in taken])
     done = [
         moments_on_cpu(a, d, groups, shape, p.convolution, signed=p.signed, maps=p.maps)
@@ -193,10 +196,15 @@ def _has_wgmma(device: torch.device) -> bool:
     return has_wgmma(device)
 
 
-def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool) -> _Problem:
+def _operands(problem: MomentProblem) -> tuple[list[Tensor], list[Tensor]]:
+    return _tensors("inputs", problem.inputs), _tensors("output_grads", problem.output_grads)
+
+
+def _problem(problem: MomentProblem, wgmma: bool) -> _Problem:
     """Returns a problem as it is launched; it is checked where none with operands of these layouts has been."""
     from ..kernels.gradient_moments_launch import Placed
 
+    a, d = _operands(problem)
     layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % _ALIGNMENT, t.device) for t in (*a, *d)]
     key = (len(a), *layouts, problem.groups, problem.convolution, problem.signed, problem.maps, problem.tf32, wgmma)
     kind = _KINDS.get(key)
@@ -211,7 +219,10 @@ def _problem(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bo
     if problem.maps:
         count = 5 if problem.signed else 2
         maps = torch.empty(count, math.prod(kind.shape), dtype=torch.float64, device=a[0].device)
-    return _Problem(kind, Placed(kind.layout, operands, maps))
+    found = _Problem(kind, Placed(kind.layout, operands, maps))
+    if not kind.copied and maps is None:
+        problem._prepared[wgmma] = found
+    return found
 
 
 def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool) -> _Kind:

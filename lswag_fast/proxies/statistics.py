@@ -127,8 +127,8 @@ class PassStatistics:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
         if convolution is not None:
             operand = operand.reshape(*operand.shape[:2], *convolution.kernel_size)
-        by_moments = takes_weight(inputs[0].device.type)
-        weight = operand if self._wants_gradient and by_moments else None
+        by_moments = self._wants_gradient and takes_weight(inputs[0].device.type)
+        weight = operand if by_moments else None
         with self._clock(Need.MOMENTS.name):
             if self._at_once or not self._grouped:
                 signed = self._signed or weight is not None
@@ -136,14 +136,27 @@ class PassStatistics:
                     inputs, output_grads, self._groups, convolution=convolution, signed=signed, weight=weight
                 )
             else:
-                self._problems[layer.name] = MomentProblem(
-                    inputs, output_grads, self._groups, convolution, signed=self._signed
-                )
+                self._problems[layer.name] = self.problem(inputs, output_grads, convolution)
                 self._versions[layer.name] = _versions((*inputs, *output_grads))
         if self._wants_gradient and not by_moments:
             with self._clock(Need.GRADIENT.name):
                 total = _weight_gradient(inputs, output_grads, convolution, operand)
                 self._gradient_sums[layer.name] = _sums(total, operand, 1 / self._samples)
+
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether moments are launched at the end, those of all weights together, and nothing else is made of them."""
+        return self._grouped and not self._at_once and not self._wants_gradient
+
+    def problem(
+        self, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None = None
+    ) -> MomentProblem:
+        """Returns what the moments of a weight are launched by."""
+        return MomentProblem(inputs, output_grads, self._groups, convolution, signed=self._signed)
+
+    def keep(self, layer: Layer, problem: MomentProblem) -> None:
+        """Takes a `problem` whose operands keep their values until `launch`, where `waits_for_all`."""
+        self._problems[layer.name] = problem
 
     def group_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Adds the gradient of one more group to the statistics of a weight on the slow path."""
@@ -176,8 +189,9 @@ class PassStatistics:
         Raises:
             OperandsChangedError: what a layer was reduced to would not be that of its operands as they were captured.
         """
-        for name, problem in self._problems.items():
-            if _versions((*problem.inputs, *problem.output_grads)) != self._versions[name]:
+        for name, versions in self._versions.items():
+            problem = self._problems[name]
+            if _versions((*problem.inputs, *problem.output_grads)) != versions:
                 raise OperandsChangedError(f"inputs or output gradients of {name} changed in place after their capture")
         found = {"losses": losses, **(others or {})}
         with self._clock(Need.PATTERNS.name):
