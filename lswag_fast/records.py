@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
@@ -66,6 +67,10 @@ COLUMNS = (
     "proxy_seconds, layers"
 )
 """The columns of a row, in order; `layers` is last, so that a scan without it never reads its pages."""
+
+
+_NAMES = tuple(f.name for f in fields(LayerRow))
+_VALUES = attrgetter(*_NAMES)
 
 
 def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
@@ -129,9 +134,8 @@ def _json(value: Any) -> str:
 
 def _by_column(layers: Sequence[LayerRow]) -> dict[str, list[Any]]:
     """Layers column by column: the names of the fields are written once instead of once a layer."""
-    if not layers:
-        return {}
-    return {f.name: [_shortened(getattr(row, f.name)) for row in layers] for f in fields(LayerRow)}
+    columns = zip(*map(_VALUES, layers), strict=True)
+    return {name: list(map(_shortened, column)) for name, column in zip(_NAMES, columns, strict=False)}
 
 
 def _shortened(value: Any) -> Any:

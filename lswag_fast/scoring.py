@@ -316,7 +316,7 @@ class Scored:
         assert self.options.pattern_samples is not None
         assert self.options.groups is not None
         return Evidence(
-            layers=self.statistics.layers(),
+            find_layers=self.statistics.layers,
             trainability=trainability,
             expressivity=psi,
             parameters=self.plan.parameters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class LayerEvidence:
 class Evidence:
     """One network's evidence: all layers in order of first use, and the patterns of all activations."""
 
-    layers: tuple[LayerEvidence, ...]
+    find_layers: Callable[[], tuple[LayerEvidence, ...]]
     trainability: float  # Lambda, as the options of the score have it
     expressivity: int  # Psi, likewise
     parameters: int
@@ -51,6 +52,11 @@ class Evidence:
     counted: int | None = None
     """The distinct patterns of `words`, where the pass has counted those for Psi."""
     shared: SharedWork = field(default_factory=SharedWork)
+
+    @cached_property
+    def layers(self) -> tuple[LayerEvidence, ...]:
+        """What was collected of each layer."""
+        return self.find_layers()
 
     @property
     def network(self) -> Network:
