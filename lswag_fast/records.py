@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from operator import attrgetter
@@ -71,6 +72,20 @@ COLUMNS = (
 
 _NAMES = tuple(f.name for f in fields(LayerRow))
 _VALUES = attrgetter(*_NAMES)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record as a score store keeps it."""
+
+    values: tuple[Any, ...]  # in the order of COLUMNS
+    record: Record  # as it is read from there
+
+    @staticmethod
+    def of(record: Record, run: int) -> Row:
+        """Returns the row of a record made now, by a run of the store."""
+        values = encode(record, run, time.time())
+        return Row(values, decode(values, reused=False))
 
 
 def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StoreError
-from .records import COLUMNS, Record, decode, encode
+from .records import COLUMNS, Record, Row, decode
 
 SCHEMA_VERSION = 2
 REMOTE_CLAIM_SECONDS = 300.0
@@ -158,22 +158,21 @@ class Store:
                 execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?)", (key, *mine))
         return set(free)
 
-    def commit(self, owner: str, run: int, records: Sequence[Record]) -> list[Record]:
+    def commit(self, owner: str, rows: Sequence[Row]) -> list[Record]:
         """Records what `owner` has finished, releases all its claims, and returns the records as they are stored.
 
         A candidate that another process has recorded meanwhile keeps that record, which is returned as reused.
         """
-        now = time.time()
         upsert = (
             f"INSERT INTO records ({COLUMNS}) VALUES ({', '.join('?' * len(COLUMNS.split(',')))}) ON CONFLICT (key) DO "
             f"UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS.split(', '))} WHERE status = 'error'"
         )
         with self._writing(durable=True) as execute:
-            rows = [encode(record, run, now) for record in records]
-            ours = {row[0]: decode(row, reused=False) for row in rows if execute(upsert, row).rowcount == 1}
+            ours = {row.record.key: row.record for row in rows if execute(upsert, row.values).rowcount == 1}
             execute("DELETE FROM claims WHERE owner = ?", (owner,))
-        theirs = self.find([r.key for r in records if r.key not in ours])
-        return [ours.get(r.key) or theirs[r.key] for r in records]
+        keys = [row.record.key for row in rows]
+        theirs = self.find([key for key in keys if key not in ours])
+        return [ours.get(key) or theirs[key] for key in keys]
 
     def runs(self) -> list[Run]:
         """Returns the runs that recorded something or began to, oldest first."""

@@ -19,7 +19,7 @@ import pytest
 from lswag_fast import store as store_module
 from lswag_fast.errors import StoreError
 from lswag_fast.proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
-from lswag_fast.records import Record
+from lswag_fast.records import Record, Row
 from lswag_fast.store import Store, network_file_system
 
 NOBODY = 65534
@@ -53,7 +53,7 @@ def failed(key: str) -> Record:
 def filled(store: Store, *records: Record) -> list[Record]:
     run = store.begin_run("context", {"samples": 8})
     with store.owner() as owner:
-        return store.commit(owner, run, records)
+        return store.commit(owner, [Row.of(r, run) for r in records])
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def test_top_ranks_finished_candidates_of_one_context(tmp_path: Path) -> None:
         filled(store, *(record(str(n), float(n)) for n in range(5)), failed("f"))
         other = store.begin_run("other", {})
         with store.owner() as owner:
-            store.commit(owner, other, [record("x", 99.0)])
+            store.commit(owner, [Row.of(record("x", 99.0), other)])
         assert [r.lswag for r in store.top(3, "context")] == [4.0, 3.0, 2.0]
         assert [(run.context, run.candidates, run.failed) for run in store.runs()] == [
             ("context", 6, 1),
@@ -174,9 +174,9 @@ def test_claims_are_exclusive_until_released() -> None:
         run = store.begin_run("c", {})
         assert store.claim(first, ["a", "b"], 1) == {"a"}
         assert store.claim(second, ["a", "b"], 5) == {"b"}
-        store.commit(first, run, [])
+        store.commit(first, [])
         assert store.claim(second, ["a", "b"], 5) == {"a"}
-        store.commit(second, run, [record("a")])
+        store.commit(second, [Row.of(record("a"), run)])
         assert store.claim(first, ["a", "b"], 5) == {"b"}
 
 

@@ -22,7 +22,7 @@ from ..errors import InputError, StoreError, is_out_of_memory
 from ..losses import class_labels
 from ..options import ScoreOptions
 from ..proxies.result import LswagResult
-from ..records import Record
+from ..records import Record, Row
 from ..store import Store
 from .autoformer import PendingScore, engine_for
 from .identity import Context, describe_loss
@@ -195,7 +195,7 @@ class Scorer:
 
     def _finish(self, owner: str, claimed: Mapping[str, _Candidate]) -> list[Record]:
         """Scores claimed candidates until a commit is due, and returns the records committed."""
-        records: list[Record] = []
+        rows: list[Row] = []  # each made while the device is at the candidates behind it
         under_way: deque[tuple[_Candidate, PendingScore | _FailedLaunch]] = deque()
         due = time.monotonic() + COMMIT_SECONDS
         try:
@@ -204,15 +204,15 @@ class Scorer:
                 if pending is not None:
                     under_way.append((candidate, pending))
                 while under_way and (pending is None or len(under_way) == self._in_flight):
-                    records.append(self._read(*under_way.popleft()))
+                    rows.append(self._read(*under_way.popleft()))
                 if pending is None:
-                    records.append(self._record(candidate, partial(self._scored, candidate.arch)))
+                    rows.append(self._row(candidate, partial(self._scored, candidate.arch)))
                 if time.monotonic() >= due:
                     break
             while under_way:
-                records.append(self._read(*under_way.popleft()))
+                rows.append(self._read(*under_way.popleft()))
         finally:  # an interrupt keeps what was finished
-            committed = self.store.commit(owner, self.run, records)
+            committed = self.store.commit(owner, rows)
         return committed
 
     def _launched(self, candidate: _Candidate) -> PendingScore | _FailedLaunch | None:
@@ -224,7 +224,7 @@ class Scorer:
         except Exception as error:
             return None if is_out_of_memory(error) else _FailedLaunch(error)
 
-    def _read(self, candidate: _Candidate, pending: PendingScore | _FailedLaunch) -> Record:
+    def _read(self, candidate: _Candidate, pending: PendingScore | _FailedLaunch) -> Row:
         def finish() -> LswagResult:
             try:
                 return pending.finish()
@@ -233,7 +233,10 @@ class Scorer:
                     raise
             return self._scored(candidate.arch)
 
-        return self._record(candidate, finish)
+        return self._row(candidate, finish)
+
+    def _row(self, candidate: _Candidate, score: Callable[[], LswagResult]) -> Row:
+        return Row.of(self._record(candidate, score), self.run)
 
     def _record(self, candidate: _Candidate, score: Callable[[], LswagResult]) -> Record:
         started = time.monotonic()

@@ -12,7 +12,7 @@ from lswag_fast.laboratory import stores
 from lswag_fast.laboratory.joining import joined
 from lswag_fast.laboratory.tables import Table
 from lswag_fast.proxies.result import Counts, PatternSaturation
-from lswag_fast.records import Record
+from lswag_fast.records import Record, Row
 from lswag_fast.store import Store
 
 SPACE = spaces.get("autoformer-tiny", image_size=32, num_classes=10)
@@ -61,7 +61,7 @@ def keep(
     with Store(path) as store, store.owner() as owner:
         run = store.begin_run(context, metadata)
         store.claim(owner, [r.key for r in records], len(records))
-        store.commit(owner, run, records)
+        store.commit(owner, [Row.of(r, run) for r in records])
     return context
 
 
