@@ -12,7 +12,9 @@ NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_SOURCES)
 
 # Where there is no ninja make builds the extension, and without this one file at a time. What OpenMP is given says
 # nothing of compilers, but nproc would follow it.
-export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell env -u OMP_NUM_THREADS nproc)
+ifndef CMAKE_BUILD_PARALLEL_LEVEL
+export CMAKE_BUILD_PARALLEL_LEVEL := $(shell env -u OMP_NUM_THREADS nproc)
+endif
 
 .PHONY: demo test lint pytest sanitize bench bench-gpu format clean
 .DELETE_ON_ERROR:

@@ -27,8 +27,11 @@ class CrossEntropy:
 
     @staticmethod
     def with_gradient(logits: Tensor, labels: Tensor, empty: Empty) -> tuple[Tensor, Tensor]:
-        """Returns the losses [S] of logits [S, classes], and the gradient of their sum there, without autograd."""
-        log_softmax = F.log_softmax(logits.float(), dim=1)
+        """Returns the losses [S] of logits [S, classes], and the gradient of their sum there, without autograd.
+
+        Labels are taken to be classes (`class_labels` checks them). Raises InputError as a call of it does.
+        """
+        log_softmax = F.log_softmax(logits_of(logits).float(), dim=1)
         losses = empty(labels.shape, dtype=log_softmax.dtype, device=logits.device)
         torch.neg(log_softmax.gather(1, labels.unsqueeze(1)).squeeze(1), out=losses)
         classes = torch.arange(logits.shape[1], device=logits.device)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -69,7 +68,7 @@ COLUMNS = (
 )
 """The columns of a row, in order; `layers` is last, so that a scan without it never reads its pages."""
 
-
+_RECORDED = COLUMNS.split(", ").index("recorded")
 _NAMES = tuple(f.name for f in fields(LayerRow))
 _VALUES = attrgetter(*_NAMES)
 
@@ -83,12 +82,17 @@ class Row:
 
     @staticmethod
     def of(record: Record, run: int) -> Row:
-        """Returns the row of a record made now, by a run of the store."""
-        values = encode(record, run, time.time())
+        """Returns the row of a record that a run of the store has made and is yet to commit."""
+        values = encode(record, run)
         return Row(values, decode(values, reused=False))
 
+    def committed(self, at: float) -> Row:
+        """Returns the row with the seconds since 1970 of its commit."""
+        values = (*self.values[:_RECORDED], at, *self.values[_RECORDED + 1 :])
+        return Row(values, replace(self.record, recorded=at))
 
-def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
+
+def encode(record: Record, run: int) -> tuple[Any, ...]:
     """Returns the row, in the order of `COLUMNS`, that `record` is kept as."""
     saturation = record.pattern_saturation
     by_activation = record.patterns_by_activation
@@ -98,7 +102,7 @@ def encode(record: Record, run: int, recorded: float) -> tuple[Any, ...]:
         *(record.lswag, record.trainability, record.expressivity),
         *((saturation.ratio, saturation.bound) if saturation else (None, None)),
         *counts,
-        *(record.seconds, recorded, _json(record.warnings), _json(record.uncovered)),
+        *(record.seconds, record.recorded, _json(record.warnings), _json(record.uncovered)),
         None if by_activation is None else _json(by_activation),
         *(_json(_proxies(record)), _json(record.proxy_seconds)),
         _json(_by_column(record.layers)),
@@ -149,8 +153,10 @@ def _json(value: Any) -> str:
 
 def _by_column(layers: Sequence[LayerRow]) -> dict[str, list[Any]]:
     """Layers column by column: the names of the fields are written once instead of once a layer."""
+    if not layers:
+        return {}
     columns = zip(*map(_VALUES, layers), strict=True)
-    return {name: list(map(_shortened, column)) for name, column in zip(_NAMES, columns, strict=False)}
+    return {name: list(map(_shortened, column)) for name, column in zip(_NAMES, columns, strict=True)}
 
 
 def _shortened(value: Any) -> Any:

@@ -17,7 +17,7 @@ from .capture import Plan, Sandbox, trace
 from .capture import run as run_capture
 from .capture.probe import UnknownOrderError, probe
 from .capture.run import check_losses
-from .capture.sandbox import check_device, preserved
+from .capture.sandbox import check_device, preserved, random_states
 from .capture.trace import describe, take
 from .clock import Clock
 from .errors import InputError, ScoreError, is_out_of_memory
@@ -61,7 +61,8 @@ def score(
 
     On a CUDA device the host waits once, for the results. It waits more often for weights that go one at a time, for
     proxies that run passes of their own, and for the seconds of each where others than L-SWAG are asked for. Where the
-    results say that a model folds its samples into another axis in an order that cannot be told, the pass is run again.
+    results say that a model folds its samples into another axis in an order that cannot be told, the pass is run again,
+    and the seconds hold both.
 
     Args:
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
@@ -137,11 +138,14 @@ class _Subject:
     clock: Clock
     late: LateChecks  # of images and labels, and of the orders of samples that the plan goes by
 
-    def result(self, asked: ScoreOptions, caught: Sequence[warnings.WarningMessage], start: float) -> LswagResult:
+    def result(self, asked: ScoreOptions, caught: list[warnings.WarningMessage], start: float) -> LswagResult:
         """Returns the result of the pass, run once more where its plan took for granted what `late` then refutes."""
+        before = len(caught)
 
         def attempt(at_once: bool) -> LswagResult:
-            return self.scored(at_once).result(asked, caught, start)
+            del caught[before:]
+            with random_states():  # each attempt draws what the first one drew
+                return self.scored(at_once).result(asked, caught, start)
 
         try:
             with self.late:
@@ -307,7 +311,9 @@ class Scored:
             warnings=(*messages, *found.messages, *dict.fromkeys(str(w.message) for w in caught)),
             proxies=found.values,
             proxy_details=found.details,
-            proxy_seconds=proxy_seconds(proxies, found, self.clock) if _several(self.options) else {"lswag": seconds},
+            proxy_seconds=proxy_seconds(proxies, found, self.clock)
+            if has_other_proxies(self.options)
+            else {"lswag": seconds},
             seconds=seconds,
             options=self.options.to_dict(),
         )
@@ -316,7 +322,7 @@ class Scored:
         assert self.options.pattern_samples is not None
         assert self.options.groups is not None
         return Evidence(
-            find_layers=self.statistics.layers,
+            layers=self.statistics.layers() if has_other_proxies(self.options) else (),  # L-SWAG reads none
             trainability=trainability,
             expressivity=psi,
             parameters=self.plan.parameters,
@@ -332,10 +338,11 @@ class Scored:
 
 def clock_of(options: ScoreOptions) -> Clock:
     """Returns the clock of a score: one that stands still where L-SWAG alone is asked for."""
-    return Clock(options.device, running=_several(options))
+    return Clock(options.device, running=has_other_proxies(options))
 
 
-def _several(options: ScoreOptions) -> bool:
+def has_other_proxies(options: ScoreOptions) -> bool:
+    """Tells whether others than L-SWAG are asked for."""
     return [p.name for p in registry.chosen(options.proxies)] != ["lswag"]
 
 

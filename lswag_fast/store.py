@@ -168,7 +168,9 @@ class Store:
             f"UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS.split(', '))} WHERE status = 'error'"
         )
         with self._writing(durable=True) as execute:
-            ours = {row.record.key: row.record for row in rows if execute(upsert, row.values).rowcount == 1}
+            now = time.time()
+            stamped = [row.committed(now) for row in rows]
+            ours = {row.record.key: row.record for row in stamped if execute(upsert, row.values).rowcount == 1}
             execute("DELETE FROM claims WHERE owner = ?", (owner,))
         keys = [row.record.key for row in rows]
         theirs = self.find([key for key in keys if key not in ours])

@@ -334,3 +334,13 @@ def test_network_file_systems_are_told_from_local_ones(tmp_path: Path, monkeypat
     monkeypatch.setattr(store_module, "network_file_system", lambda path: "nfs4")
     with pytest.warns(UserWarning, match=r"network file system \(nfs4\)"):
         Store(tmp_path / "s.db").close()
+
+
+def test_a_record_bears_the_time_of_its_commit() -> None:
+    with Store(None) as store:
+        before = time.time()
+        row = Row.of(record("a"), store.begin_run("c", {}))
+        with store.owner() as owner:
+            (committed,) = store.commit(owner, [row])
+        assert before <= committed.recorded <= time.time()
+        assert store.find(["a"])["a"] == replace(committed, reused=True)

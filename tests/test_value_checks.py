@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -115,6 +116,24 @@ def test_good_values_give_the_same_result(
     assert len(launched) == passes
     assert_same(late, at_once)
     assert late.proxies == at_once.proxies
+
+
+class Drawing(networks.Between):
+    def forward(self, batch: Tensor) -> Any:
+        return super().forward(batch + 0.1 * random.random() * torch.rand_like(batch))
+
+
+def test_a_pass_that_is_run_again_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Drawing()
+
+    def drawn() -> lswag_fast.LswagResult:
+        torch.manual_seed(1)
+        random.seed(1)
+        return score(images(), labels(), model)
+
+    at_once = drawn()
+    compute_apart(monkeypatch)
+    assert_same(drawn(), at_once)
 
 
 def assert_same(one: lswag_fast.LswagResult, other: lswag_fast.LswagResult) -> None:

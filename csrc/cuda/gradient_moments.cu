@@ -21,11 +21,13 @@ __global__ void __launch_bounds__(kMomentsThreads, 1)
 #endif
 }
 
-// Asks for the current device.
+// Asks for the current device: a build for none like it holds no such kernel, or an empty one.
 bool kernel_is_built() {
     cudaFuncAttributes attributes = {};
-    return succeeded(cudaFuncGetAttributes(&attributes, grouped_moments_kernel<BFloat16Product>)) &&
-           attributes.sharedSizeBytes >= sizeof(MomentsShared);
+    const cudaError_t code = cudaFuncGetAttributes(&attributes, grouped_moments_kernel<BFloat16Product>);
+    if (code == cudaErrorInvalidDeviceFunction || code == cudaErrorNoKernelImageForDevice) return succeeded(code);
+    check(code, "cudaFuncGetAttributes");
+    return attributes.sharedSizeBytes >= sizeof(MomentsShared);
 }
 
 template <class Product>

@@ -47,6 +47,7 @@ class OnDevice {
         check(cudaGetDevice(&previous_), "cudaGetDevice");
         check(cudaSetDevice(queue.device), "cudaSetDevice");
     }
+    // What this call of the runtime fails for, the next one fails for, too.
     ~OnDevice() { succeeded(cudaSetDevice(previous_)); }
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;

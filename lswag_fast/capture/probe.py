@@ -41,17 +41,17 @@ def probe(plan: Plan, sandbox: Sandbox, images: Tensor, late: LateChecks | None 
         return
     orders = _orders(folded, *_inputs(plan, sandbox, images))
     if late is None or not value_checks.computes_apart(images):
-        _follow(plan, folded, _told(orders))
+        _apply_orders(plan, folded, _read_orders(orders))
         return
 
     def settle(brought: Tensor) -> None:
-        told = _told(brought)
-        _follow(plan, folded, told)
+        told = _read_orders(brought)
+        _apply_orders(plan, folded, told)
         if None in told:
             raise UnknownOrderError(UNKNOWN)
 
     late.add("orders", orders, settle)
-    _follow(plan, folded, orders[:, 0].unbind())
+    _apply_orders(plan, folded, orders[:, 0].unbind())
 
 
 def _inputs(plan: Plan, sandbox: Sandbox, images: Tensor) -> list[dict[int, Tensor]]:
@@ -83,12 +83,12 @@ def _orders(folded: Sequence[Use | Activation], before: dict[int, Tensor], after
     return second & ~first
 
 
-def _told(orders: Tensor) -> list[bool | None]:
+def _read_orders(orders: Tensor) -> list[bool | None]:
     """Returns, from `_orders`, whether the entries of one sample lie together; None where that cannot be told."""
     return [None if together == alternating else together for together, alternating in orders.tolist()]
 
 
-def _follow(plan: Plan, folded: Sequence[Use | Activation], sample_major: Sequence[bool | Tensor | None]) -> None:
+def _apply_orders(plan: Plan, folded: Sequence[Use | Activation], sample_major: Sequence[bool | Tensor | None]) -> None:
     """Gives the axes of these actions their orders; what is left without one is taken out of the fused path."""
     for action, together in zip(folded, sample_major, strict=True):
         if together is not None:

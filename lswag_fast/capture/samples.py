@@ -17,7 +17,8 @@ class SampleAxis:
     axis: int
     factor: int  # entries a sample; above 1 where another axis is folded into this one, 0 where all samples share them
     sample_major: bool | Tensor = True
-    """Where factor > 1, once it is probed: the entries of one sample lie together. A tensor []: a device knows."""
+    """Where factor > 1, once it is probed: the entries of one sample lie together. A bool tensor []: it says so on its
+    device, which the host has not asked."""
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
         """Returns a view of `tensor` as [S, ...]; the folded axis, if any, comes second.

@@ -23,13 +23,14 @@ from ..clock import Clock
 from ..losses import CrossEntropy, class_labels
 from ..memory import Empty
 from ..ops.activation_patterns import activate_and_pack
+from ..ops.gradient_moments_grouped import PreparedProblem
 from ..options import ScoreOptions
 from ..proxies.network import Network
 from ..proxies.proxy import Need
 from ..proxies.result import LswagResult
 from ..proxies.shared_work import SharedWork
 from ..proxies.statistics import PassStatistics
-from ..scoring import Scored, attempted, clock_of
+from ..scoring import Scored, attempted, clock_of, has_other_proxies
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, LayerUse, Weights, nothing
@@ -79,9 +80,10 @@ class AutoFormerEngine:
         if loss is None:
             labels = class_labels(labels, len(images), self._classes, options.seed)
         self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
+        self._default_loss = loss is None
         self._loss: Loss = CrossEntropy() if loss is None else loss
         # Other proxies run passes of their own after this one.
-        self.in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" and not clock_of(options).running else 1
+        self.in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" and not has_other_proxies(options) else 1
         """How many candidates to launch before the first of them is read."""
         self._captures = captures or captures_on(self._device)
         self.pool = MemoryPool(self._static_memory, MOST_IN_FLIGHT)
@@ -104,7 +106,7 @@ class AutoFormerEngine:
         plan = self._plan(arch)
         statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
         # A loss that somebody gives may draw numbers.
-        states = nullcontext() if type(self._loss) is CrossEntropy else random_states()
+        states = nullcontext() if self._default_loss else random_states()
         with _current(self._device), states, torch_settings(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if at_once:
@@ -125,7 +127,8 @@ class AutoFormerEngine:
         def deliver(position: int, use: LayerUse) -> None:
             layer = plan.layers[position]
             if layer.kept and statistics.waits_for_all:
-                use.problem = use.problem or statistics.problem([use.inputs], [use.output_grads])
+                # The options of an engine are those of all its candidates, and so is the problem of a use.
+                use.problem = use.problem or PreparedProblem(statistics.problem([use.inputs], [use.output_grads]))
                 statistics.keep(layer, use.problem)
             elif layer.kept:
                 statistics.weight(layer, [use.inputs], [use.output_grads], None, use.weight)
@@ -142,7 +145,7 @@ class AutoFormerEngine:
 
     def _losses(self, logits: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Returns the losses [S], and the gradient of their sum at the logits, in `memory`."""
-        if type(self._loss) is CrossEntropy:
+        if self._default_loss:
             return self._cross_entropy(logits, memory)
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
@@ -186,7 +189,7 @@ class AutoFormerEngine:
         candidate = self._pass(largest, memory, clock, [True] * depth)
         logits = candidate.forward(lambda *_: None)
         left = [*candidate.kept()]
-        if type(self._loss) is CrossEntropy:
+        if self._default_loss:
             _, grad = self._cross_entropy(logits, memory)
         else:
             grad = memory.placed("loss", torch.zeros_like(logits))
@@ -230,8 +233,8 @@ class PendingScore:
         """Waits for it and returns it, once; raises ScoreError where a loss is not finite."""
         try:
             # Other proxies than L-SWAG may run passes of their own.
-            passes = clock_of(self.scored.options).running
-            with _pass_settings() if passes else nullcontext(), warnings.catch_warnings(record=True) as later:
+            settings = _pass_settings() if has_other_proxies(self.scored.options) else nullcontext()
+            with settings, warnings.catch_warnings(record=True) as later:
                 warnings.simplefilter("always")
                 result = self.scored.result(self.scored.options, self.caught, self.start)
         finally:

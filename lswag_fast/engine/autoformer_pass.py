@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..memory import Empty
 from ..ops.gelu import activation_backward
-from ..ops.gradient_moments_grouped import MomentProblem
+from ..ops.gradient_moments_grouped import PreparedProblem
 from ..ops.layer_norm import NormalisedSum
 from ..ops.relative_attention import RelativeAttention
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
@@ -45,8 +45,8 @@ class LayerUse:
     """[S, ..., O]."""
     weight: Tensor
     """[O, I]."""
-    problem: MomentProblem | None = None
-    """Who takes it over may keep here what its moments are launched by."""
+    problem: PreparedProblem | None = None
+    """What its moments are launched by, once somebody has made it."""
 
 
 Deliver = Callable[[int, LayerUse], None]

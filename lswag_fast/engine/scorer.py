@@ -147,9 +147,8 @@ class Scorer:
 
         `archs` may be an endless stream: it is read at most some hundred candidates ahead, and memory stays flat. On a
         CUDA device a candidate of a supernet is launched before the one in front of it is read, so that their `seconds`
-        overlap. A
-        candidate that the store holds already, or that came before in the stream, is yielded with `reused` true; one
-        that fails is recorded with its error; those that another process is scoring now are waited for.
+        overlap. A candidate that the store holds already, or that came before in the stream, is yielded with `reused`
+        true; one that fails is recorded with its error; those that another process is scoring now are waited for.
 
         Raises:
             InputError: a candidate is outside the space (its place in the stream is named), or the arguments suit no

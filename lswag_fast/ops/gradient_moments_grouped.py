@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,10 +29,7 @@ _MOST_KINDS = 4096
 
 @dataclass(frozen=True)
 class MomentProblem:
-    """One weight, with the arguments that `gradient_moments` takes.
-
-    It may be launched again on other values of its tensors; they must lie where they lay, which is looked at once.
-    """
+    """One weight, with the arguments that `gradient_moments` takes."""
 
     inputs: Tensor | Sequence[Tensor]
     output_grads: Tensor | Sequence[Tensor]
@@ -42,7 +39,6 @@ class MomentProblem:
     maps: bool = False
     tf32: bool = False
     """Multiply float32 operands in TF32, which keeps 10 bits of them; the CPU has no such type and uses float32."""
-    _prepared: dict[bool, _Problem] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class PendingMoments:
@@ -114,7 +110,26 @@ class _Problem:
         return reduced(tuple(sums), int(row[5]), kind.group_size, numel, kind.groups, signed, maps)
 
 
-def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments:
+class PreparedProblem:
+    """A problem to be launched again and again on other values of the same tensors, which stay where they lie."""
+
+    def __init__(self, problem: MomentProblem) -> None:
+        """Takes a problem, of which neither a tensor nor its place or layout changes from now on."""
+        self.problem = problem
+        self._known: dict[bool, _Problem] = {}
+
+    def launchable(self, wgmma: bool) -> _Problem:
+        """Returns the problem as it is launched: worked out once, unless each launch makes something of it anew."""
+        found = self._known.get(wgmma)
+        if found is None:
+            found = _problem(self.problem, wgmma)
+            given = (*_listed(self.problem.inputs), *_listed(self.problem.output_grads))
+            if found.weight.maps is None and all(any(t is g for g in given) for t in found.weight.operands):
+                self._known[wgmma] = found
+        return found
+
+
+def launch_gradient_moments(problems: Sequence[MomentProblem | PreparedProblem]) -> PendingMoments:
     """Starts the moments of every problem on the device of their tensors, without waiting for any.
 
     On a CUDA device all problems share one launch for each way to read operands (dtype, alignment, convolution), on the
@@ -132,23 +147,24 @@ def launch_gradient_moments(problems: Sequence[MomentProblem]) -> PendingMoments
     """
     if not problems:
         return PendingMoments([], [])
-    device = _tensors("inputs", problems[0].inputs)[0].device
+    device = _tensors("inputs", _plain(problems[0]).inputs)[0].device
     implementation = backends.implementation("gradient_moments", device.type)
     if implementation in ("triton", "cuda"):
         wgmma = implementation == "cuda" and _has_wgmma(device)
-        launchable = [p._prepared.get(wgmma) or _problem(p, wgmma) for p in problems]
+        launchable = [p.launchable(wgmma) if isinstance(p, PreparedProblem) else _problem(p, wgmma) for p in problems]
         _check_one_device(device, [p.weight.operands[0] for p in launchable])
         return PendingMoments(launchable, [])
-    taken = [checked(*_operands(p), p.groups, p.convolution) for p in problems]
+    plain = [_plain(p) for p in problems]
+    taken = [checked(*_operands(p), p.groups, p.convolution) for p in plain]
     _check_one_device(device, [a[0] for a, *_ in taken])
     done = [
         moments_on_cpu(a, d, groups, shape, p.convolution, signed=p.signed, maps=p.maps)
-        for p, (a, d, groups, shape) in zip(problems, taken, strict=True)
+        for p, (a, d, groups, shape) in zip(plain, taken, strict=True)
     ]
     return PendingMoments([], done)
 
 
-def gradient_moments_grouped(problems: Sequence[MomentProblem]) -> list[GradientMoments]:
+def gradient_moments_grouped(problems: Sequence[MomentProblem | PreparedProblem]) -> list[GradientMoments]:
     """Returns the moments of every problem: `launch_gradient_moments(problems).finish()`."""
     return launch_gradient_moments(problems).finish()
 
@@ -173,8 +189,8 @@ def _all_or_nan(counted: Sequence[float]) -> list[float]:
 
 def _tensors(name: str, given: Any) -> list[Tensor]:
     """Returns the tensors of an argument; most can be read as they are."""
-    tensors = given if isinstance(given, (list, tuple)) else [given]
-    return list(tensors) if tensors and all(map(_is_plain, tensors)) else listed(name, given)
+    tensors = _listed(given)
+    return tensors if tensors and all(map(_is_plain, tensors)) else listed(name, given)
 
 
 def _is_plain(given: Any) -> bool:
@@ -194,6 +210,14 @@ def _has_wgmma(device: torch.device) -> bool:
     from ..kernels.gradient_moments_launch import has_wgmma
 
     return has_wgmma(device)
+
+
+def _plain(problem: MomentProblem | PreparedProblem) -> MomentProblem:
+    return problem.problem if isinstance(problem, PreparedProblem) else problem
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def _operands(problem: MomentProblem) -> tuple[list[Tensor], list[Tensor]]:
@@ -219,10 +243,7 @@ def _problem(problem: MomentProblem, wgmma: bool) -> _Problem:
     if problem.maps:
         count = 5 if problem.signed else 2
         maps = torch.empty(count, math.prod(kind.shape), dtype=torch.float64, device=a[0].device)
-    found = _Problem(kind, Placed(kind.layout, operands, maps))
-    if not kind.copied and maps is None:
-        problem._prepared[wgmma] = found
-    return found
+    return _Problem(kind, Placed(kind.layout, operands, maps))
 
 
 def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool) -> _Kind:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from torch import Tensor
 
@@ -40,7 +39,7 @@ class LayerEvidence:
 class Evidence:
     """One network's evidence: all layers in order of first use, and the patterns of all activations."""
 
-    find_layers: Callable[[], tuple[LayerEvidence, ...]]
+    layers: tuple[LayerEvidence, ...]
     trainability: float  # Lambda, as the options of the score have it
     expressivity: int  # Psi, likewise
     parameters: int
@@ -52,11 +51,6 @@ class Evidence:
     counted: int | None = None
     """The distinct patterns of `words`, where the pass has counted those for Psi."""
     shared: SharedWork = field(default_factory=SharedWork)
-
-    @cached_property
-    def layers(self) -> tuple[LayerEvidence, ...]:
-        """What was collected of each layer."""
-        return self.find_layers()
 
     @property
     def network(self) -> Network:

@@ -16,7 +16,12 @@ from ..host_copies import HostCopies
 from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
 from ..ops.channel_saliency import channel_saliency
 from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments, takes_weight
-from ..ops.gradient_moments_grouped import MomentProblem, PendingMoments, launch_gradient_moments
+from ..ops.gradient_moments_grouped import (
+    MomentProblem,
+    PendingMoments,
+    PreparedProblem,
+    launch_gradient_moments,
+)
 from ..options import ScoreOptions
 from .evidence import GradientSums, LayerEvidence
 from .proxy import Need
@@ -87,8 +92,8 @@ class PassStatistics:
         self._words: dict[int, Tensor] = {}
         self._at_once = at_once
         self._grouped = backends.implementation("gradient_moments", torch.device(options.device).type) != "cpp"
-        self._problems: dict[str, MomentProblem] = {}
-        self._versions: dict[str, list[int]] = {}
+        self._problems: dict[str, MomentProblem | PreparedProblem] = {}
+        self._versions: dict[str, tuple[list[Tensor], list[int]]] = {}
         self._pending = PendingMoments([], [])
         self._copies = HostCopies({})
 
@@ -137,7 +142,8 @@ class PassStatistics:
                 )
             else:
                 self._problems[layer.name] = self.problem(inputs, output_grads, convolution)
-                self._versions[layer.name] = _versions((*inputs, *output_grads))
+                operands = [*inputs, *output_grads]
+                self._versions[layer.name] = operands, _versions(operands)
         if self._wants_gradient and not by_moments:
             with self._clock(Need.GRADIENT.name):
                 total = _weight_gradient(inputs, output_grads, convolution, operand)
@@ -154,7 +160,7 @@ class PassStatistics:
         """Returns what the moments of a weight are launched by."""
         return MomentProblem(inputs, output_grads, self._groups, convolution, signed=self._signed)
 
-    def keep(self, layer: Layer, problem: MomentProblem) -> None:
+    def keep(self, layer: Layer, problem: PreparedProblem) -> None:
         """Takes a `problem` whose operands keep their values until `launch`, where `waits_for_all`."""
         self._problems[layer.name] = problem
 
@@ -189,10 +195,10 @@ class PassStatistics:
         Raises:
             OperandsChangedError: what a layer was reduced to would not be that of its operands as they were captured.
         """
-        for name, versions in self._versions.items():
-            problem = self._problems[name]
-            if _versions((*problem.inputs, *problem.output_grads)) != versions:
+        for name, (operands, versions) in self._versions.items():
+            if _versions(operands) != versions:
                 raise OperandsChangedError(f"inputs or output gradients of {name} changed in place after their capture")
+        self._versions.clear()
         found = {"losses": losses, **(others or {})}
         with self._clock(Need.PATTERNS.name):
             words = [self._words[a.call] for a in self._counted_activations()]

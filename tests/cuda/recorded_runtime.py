@@ -24,6 +24,7 @@ from resources import REPOSITORY, demangled, nvcc
 RUNTIME = Path(__file__).with_name("runtime_on_host.cpp")
 DLPACK_TYPES = {"int64": (0, 64), "float64": (2, 64), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
 CUDA = 2  # of DLPack's devices
+UNKNOWN = 999  # cudaErrorUnknown
 # No program has memory at such an address: the host that looked at an array would end at once.
 NOWHERE = 1 << 62
 
@@ -97,9 +98,9 @@ class RecordedRuntime:
         self._runtime = ctypes.CDLL(str(library))
         self._runtime.recorded_calls.restype = ctypes.c_char_p
 
-    def start(self, failing_call: int = -1) -> None:
-        """Forgets what was written down; the call of that number from here on fails."""
-        self._runtime.start_recording(failing_call)
+    def start(self, failing_call: int = -1, failure: int = UNKNOWN) -> None:
+        """Forgets what was written down; the call of that number from here on fails, with this cudaError_t."""
+        self._runtime.start_recording(failing_call, failure)
 
     def pose(self, capability: tuple[int, int], multiprocessors: int = 132, static_shared_bytes: int = 1024) -> None:
         """Poses as such devices, with kernels of so much static shared memory."""

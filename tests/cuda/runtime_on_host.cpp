@@ -23,6 +23,7 @@ struct Runtime {
     std::vector<Configuration> configurations;   // of launches that have begun
     std::vector<std::string> calls;              // JSON
     int failing_call = -1;
+    cudaError_t failure = cudaErrorUnknown;  // of that call
     cudaError_t last_error = cudaSuccess;
     int device = 0;
     int major = 9, minor = 0, multiprocessors = 132;
@@ -55,7 +56,7 @@ cudaError_t called(const char* function, const std::string& fields) {
     Runtime& now = runtime();
     const bool fails = static_cast<int>(now.calls.size()) == now.failing_call;
     now.calls.push_back(std::string("{\"call\":\"") + function + '"' + fields + '}');
-    return fails ? failed(cudaErrorUnknown) : cudaSuccess;
+    return fails ? failed(now.failure) : cudaSuccess;
 }
 
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
@@ -79,9 +80,10 @@ const char* recorded_calls() {
     return text.c_str();
 }
 
-void start_recording(int failing_call) {
+void start_recording(int failing_call, int failure) {
     runtime().calls.clear();
     runtime().failing_call = failing_call;
+    runtime().failure = static_cast<cudaError_t>(failure);
 }
 
 void set_device(int major, int minor, int multiprocessors, int static_shared_bytes) {

@@ -271,8 +271,7 @@ def test_every_error_is_reported_once_and_names_what_failed(runtime: RecordedRun
             continue  # back to the device that was current: a destructor has no one to tell
         runtime.start(failing_call=number)
         what = failing["kernel"].partition("_kernel")[0] if failing["call"] == "launch" else failing["call"]
-        message = "a build for sm_90a" if what == "cudaFuncGetAttributes" else f"{what}.* failed: as asked"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=f"{what}.* failed: as asked"):
             OPS[op](runtime.module)
         after = [call["call"] for call in runtime.calls()[number + 1 :]]
         assert after in ([], ["cudaSetDevice"])
@@ -281,6 +280,19 @@ def test_every_error_is_reported_once_and_names_what_failed(runtime: RecordedRun
         runtime.start()
         OPS[op](runtime.module)
         assert runtime.calls() == whole
+
+
+@pytest.mark.parametrize("failure", [98, 209])  # no such function on this device, no binary for this device
+def test_a_build_for_no_device_like_this_one_is_told(runtime: RecordedRuntime, failure: int) -> None:
+    def asked_for_a_kernel_that_is_missing(op: Callable[[], Any]) -> Any:
+        runtime.start()
+        op()
+        runtime.start([call["call"] for call in runtime.calls()].index("cudaFuncGetAttributes"), failure)
+        return op()
+
+    assert not asked_for_a_kernel_that_is_missing(partial(runtime.module.cuda_has_grouped_moments, 0))
+    with pytest.raises(RuntimeError, match="a build for sm_90a"):
+        asked_for_a_kernel_that_is_missing(partial(moments, runtime.module, weights=1, tiles=1, half=False))
 
 
 def test_grids_beyond_a_launch_are_refused_before_it(runtime: RecordedRuntime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,7 @@ import lswag_fast
 from lswag_fast import Scorer, spaces
 from lswag_fast.capture import Sandbox, trace
 from lswag_fast.engine.autoformer import AutoFormerEngine, engine_for
-from lswag_fast.errors import ScoreError
+from lswag_fast.errors import InputError, ScoreError
 from lswag_fast.losses import CrossEntropy
 from lswag_fast.options import ScoreOptions
 
@@ -159,3 +160,44 @@ def test_a_candidate_that_never_fits_is_recorded(
         (scored,) = scorer.score(archs[1:])
     assert (failed.status, scored.status) == ("error", "ok")
     assert "out of memory" in str(failed.error)
+
+
+def test_a_space_of_one_class_is_refused_as_its_networks_are(images: Tensor) -> None:
+    space = spaces.get("autoformer-tiny", image_size=48, num_classes=1)
+    net = space.supernet(seed=0)
+    arch = next(space.sample(1, seed=0))
+    zeros = torch.zeros(SAMPLES, dtype=torch.long)
+    for scored in (
+        lambda: engine(net, images, labels=zeros).score(arch),
+        lambda: lswag_fast.score(net.subnet(arch), images, zeros),
+    ):
+        with pytest.raises(InputError, match="two or more classes"):
+            scored()
+
+
+def drawing(logits: Tensor, labels: Tensor) -> Tensor:
+    random.random()
+    return logits.float().square().sum(1) * torch.rand(len(logits))
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": drawing}, {"proxies": ("lswag", "zen")}, {}], ids=["loss", "proxy", "plain"]
+)
+def test_a_score_leaves_states_and_settings_as_they_were(
+    supernet: spaces.AutoFormerSupernet, images: Tensor, options: dict[str, Any]
+) -> None:
+    scored = engine(supernet, images, dtype="float32", **options)
+    arch = next(SPACE.sample(1, seed=4))
+    plain = scored.score(arch)
+    before = torch.get_rng_state(), random.getstate(), torch.get_default_dtype(), torch.is_grad_enabled()
+    # Whatever the caller has set meanwhile.
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scored.launch(arch).finish()
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    after = torch.get_rng_state(), random.getstate(), torch.get_default_dtype(), torch.is_grad_enabled()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert found.proxies.keys() == plain.proxies.keys()
+    if options.get("loss") is None:
+        assert found.proxies == plain.proxies

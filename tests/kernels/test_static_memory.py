@@ -22,8 +22,7 @@ if torch.cuda.is_available():
 from lswag_fast import backends, spaces
 from lswag_fast.engine.autoformer import MOST_IN_FLIGHT, AutoFormerEngine
 from lswag_fast.errors import ScoreError
-from lswag_fast.ops.gradient_moments import gradient_moments
-from lswag_fast.ops.gradient_moments_grouped import MomentProblem, PendingMoments
+from lswag_fast.ops.gradient_moments_grouped import PendingMoments, PreparedProblem, launch_gradient_moments
 from lswag_fast.options import ScoreOptions
 from lswag_fast.proxies import statistics
 from lswag_fast.spaces.autoformer import Choices
@@ -62,9 +61,9 @@ def quick(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(op: str, kind: str) -> str | None:
         return "cpp" if op == "relative_attention" else implementation(op, kind)
 
-    def launched(problems: list[MomentProblem]) -> PendingMoments:
+    def launched(problems: list[PreparedProblem]) -> PendingMoments:
         with backends.preferring("cpp"):
-            return PendingMoments([], [gradient_moments(p.inputs, p.output_grads, p.groups) for p in problems])
+            return launch_gradient_moments(problems)
 
     monkeypatch.setattr(backends, "implementation", chosen)
     monkeypatch.setattr(statistics, "launch_gradient_moments", launched)
@@ -134,7 +133,7 @@ def test_memory_is_free_again_whatever_became_of_a_candidate(supernet: spaces.Au
     del pending
     gc.collect()
     assert memory.is_free
-    shared._loss = lambda logits, labels: logits.sum(1) / 0
+    shared._default_loss, shared._loss = False, lambda logits, labels: logits.sum(1) / 0
     pending = shared.launch(arch)
     with pytest.raises(ScoreError, match="the loss of sample 0"):
         pending.finish()

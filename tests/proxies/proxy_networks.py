@@ -149,7 +149,7 @@ def evidence_of(
         plan = trace(sandbox, images, labels, loss)
         layers = tuple(LayerEvidence(a.name, a.numel, None, None, None) for a in plan.layers)
         network = Network(sandbox, plan, images, labels, loss, seed)
-        yield Evidence(lambda: layers, 0.0, 0, plan.parameters, plan.multiply_adds, 2, (), 0, lambda _: network)
+        yield Evidence(layers, 0.0, 0, plan.parameters, plan.multiply_adds, 2, (), 0, lambda _: network)
 
 
 def unavailable(text: str) -> pytest.RaisesExc[UnavailableError]:
