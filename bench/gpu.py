@@ -44,7 +44,7 @@ BUDGET = {
     "kernels": 60,
     "peers": 35,
     "memory checker": 40,
-    "wgmma correctness": 20,
+    "wgmma correctness": 30,
     "wgmma": 20,
 }
 """Seconds a step may take; with the build they are eight minutes."""
@@ -63,6 +63,7 @@ def step(name: str, folder: Path) -> Step:
     found = sorted(str(path.relative_to(measure.ROOT)) for path in (measure.ROOT / "tests").rglob("test_*on_device.py"))
     tests = [path for path in found if ("wgmma" in path) == (name == "wgmma correctness")]
     pytest = [sys.executable, "-P", "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", *tests]
+    pytest += ["-o", f"faulthandler_timeout={seconds // 2}"]  # says where a test hangs, before the step is stopped
     if name == "wgmma correctness":
         return Step(name, seconds, pytest, environment=cache)
     if name == "correctness":

@@ -23,6 +23,11 @@ LAST_SECONDS = 10.0
 """That a killed process gets to end: one that waits for a device that hangs may never."""
 
 
+ENDED = r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b"
+ENDED_BY_A_WORKER = r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S+\.py::.+?) *$"
+"""Lines of `pytest -v`."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A command, the seconds it may take, and what runs beside it."""
@@ -108,10 +113,17 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _of_pytest(text: str) -> dict[str, Any]:
-    """Returns what a log says of tests: how many passed, and which failed."""
+    """Returns what a log says of tests: how many passed, which failed, and which were under way where it breaks off."""
     summary = re.findall(r"^=+ (\d+ (?:passed|failed|skipped|error).*) in [\d.]+s.*=+$", text, re.MULTILINE)
-    failures = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)))
-    return {"tests": summary[-1], **({"failed_tests": failures} if failures else {})} if summary else {}
+    failures = set(re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE))
+    if not summary:
+        ended = dict(re.findall(ENDED, text, re.MULTILINE))
+        begun = set(re.findall(r"^(\S+\.py::.+?) *$", re.sub(f"{ENDED}.*", "", text, flags=re.MULTILINE), re.MULTILINE))
+        ended |= {name: outcome for outcome, name in re.findall(ENDED_BY_A_WORKER, text, re.MULTILINE)}
+        failures = {name for name, outcome in ended.items() if outcome in ("FAILED", "ERROR")}
+        found = {"failed_tests": failures, "unfinished_tests": begun - ended.keys()}
+        return {name: sorted(tests) for name, tests in found.items() if tests}
+    return {"tests": summary[-1], **({"failed_tests": sorted(failures)} if failures else {})}
 
 
 def rows_path(folder: Path, step: str) -> Path:

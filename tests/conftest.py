@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data tables at {folder}")
     return folder
+
+
+@pytest.fixture
+def most_of_a_device() -> Iterator[Callable[[int], None]]:
+    """Takes how many GiB of its memory a test needs, and skips it where fewer are free.
+
+    One test has them at a time and gives them back at its end, for other workers and what compiles share the device.
+    """
+    with (Path(tempfile.gettempdir()) / "lswag_fast_most_of_a_device.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def take(gib: int) -> None:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            if free < gib:
+                pytest.skip(f"{free:.1f} GiB of device memory are free, and {gib} are needed")
+
+        yield take
+        torch.cuda.empty_cache()
 
 
 _failed: set[str] = set()

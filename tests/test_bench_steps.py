@@ -94,6 +94,18 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
     assert [name.rpartition("::")[2] for name in found["tests"]["failed_tests"]] == ["test_bad", "test_worse"]
 
 
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_a_test_that_hangs_is_named_and_so_are_those_that_failed_before(workers: list[str], tmp_path: Path) -> None:
+    hangs = "import time\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_hangs(): time.sleep(60)\n"
+    (tmp_path / "test_it.py").write_text(hangs)
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull, *workers]
+    failed, found = run([Step("tests", 6, [*command, "--rootdir", str(tmp_path), str(tmp_path)])], tmp_path)
+    assert failed == 1
+    assert found["tests"]["why"] == "stopped after 6 s"
+    for what, name in (("failed_tests", "test_bad"), ("unfinished_tests", "test_hangs")):
+        assert [test.rpartition("::")[2] for test in found["tests"][what]] == [name]
+
+
 def test_a_row_that_fails_is_told_and_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(tmp_path / "rows.json")
     rows.add(1.0, "rate")

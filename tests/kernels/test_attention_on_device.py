@@ -98,11 +98,10 @@ def test_attention_is_ieee_float32_whatever_torch_allows(seed):
     assert_close(got, run(in_torch, [t.double() for t in inputs], heads=3, grid=(14, 14)), 2 * ATTENTION[torch.float32])
 
 
-def test_attention_past_two_to_the_31_elements(seed):
+def test_attention_past_two_to_the_31_elements(seed, most_of_a_device):
+    most_of_a_device(15)
     heads, tokens = 10, 197
     samples = 2**31 // (tokens * 3 * heads * 64) + 2
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("less than 40 GiB of device memory are free")
     inputs = attention_inputs(samples, heads, (14, 14), torch.bfloat16)
     leaves = [inputs[0].requires_grad_(), *inputs[1:5]]
     out = relative_attention(leaves[0], tuple(leaves[1:3]), tuple(leaves[3:]), heads=heads, grid=(14, 14))
@@ -113,9 +112,8 @@ def test_attention_past_two_to_the_31_elements(seed):
     assert torch.equal(grad[-1:], torch.autograd.grad(expected, last[0], inputs[5][-1:])[0])
 
 
-def test_rows_past_two_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
-        pytest.skip("less than 30 GiB of device memory are free")
+def test_rows_past_two_to_the_31_elements(most_of_a_device):
+    most_of_a_device(29)
     saved = torch.ones(2**22 + 1, 512, device="cuda", dtype=torch.bfloat16)
     saved[-1, -5:] = -1
     grad = activation_backward(saved.abs(), saved, "relu")
