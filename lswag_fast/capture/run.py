@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -264,10 +265,9 @@ def _run_groups(
 
 def check_losses(losses: Tensor) -> None:
     """Raises ScoreError where one of [S] losses is not finite, and says of which sample."""
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        sample = int(torch.nonzero(~finite)[0])
-        raise ScoreError(f"the loss of sample {sample} is {float(losses[sample])}, not a finite number")
+    for sample, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            raise ScoreError(f"the loss of sample {sample} is {loss}, not a finite number")
 
 
 def _convolution(call: fn.ConvolutionCall) -> Convolution:

@@ -177,8 +177,7 @@ def _launch(weights: Sequence[Placed], *, every_element: bool):  # type: ignore[
 
 def _certain(row: Sequence[float]) -> bool:
     """Tells whether a scale made of a sample was right: sums are finite, and neither operand looked like zeros."""
-    sums, magnitudes, signed_sums = row[:5], row[6:8], row[8:]
-    return all(map(math.isfinite, (*sums, *signed_sums))) and all(0 < bits < _INFINITY_BITS for bits in magnitudes)
+    return math.isfinite(sum(row)) and 0 < row[6] < _INFINITY_BITS and 0 < row[7] < _INFINITY_BITS
 
 
 def _all_or_nan(counted: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ SATURATED = 0.95
 """The share of a bound of Psi above which a result says that Psi ranks little but that bound."""
 
 
+@cache
 def percentile(number: int, count: int) -> int:
     """Returns the percentile of depth of layer `number` (from 1) of `count` (equation 6 of L-SWAG)."""
     return 10 * int((number / count * 100) // 10)
