@@ -78,7 +78,7 @@ class Tracer(TorchFunctionMode):
         kind = fn.kind_of(func, args, kwargs)
         self.bypassed.update(self._originals[id(t)] for t in fn.tensors_in((args, kwargs)) if id(t) in self._originals)
         if kind is None:
-            return func(*args, **kwargs)
+            return compute(kind, func, args, kwargs)
         if kind is Kind.COMPOSITE:
             with self:
                 return fn.run_body(func, args, kwargs)
