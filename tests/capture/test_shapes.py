@@ -29,6 +29,7 @@ SUMS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "broadcast": lambda: (meta(*X), meta(1, 5, 6)),
     "a number": lambda: (meta(*X), 2.0),
     "two types": lambda: (meta(*X), meta(*X, dtype=torch.bfloat16)),
+    "the narrower type first": lambda: (meta(*X, dtype=torch.bfloat16), meta(*X)),
     "whole numbers": lambda: (meta(*X, grad=False, dtype=torch.int64), meta(*X, grad=False, dtype=torch.int64)),
     "one without a graph": lambda: (meta(*X, grad=False), meta(*X)),
 }
