@@ -24,7 +24,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_IS_ASKED_FOR = _CUBLAS in (torch.use_deterministic_algorithms.__doc__ or _CUBLAS)
 """Whether this torch calls matrix products on CUDA deterministic only where that is set, as its documentation says then
 (or nothing, under python -OO). Newer ones always give cuBLAS a workspace of its own (pytorch/pytorch#161749), and parse
-the variable at every product, which takes longer than to launch it."""
+the variable anew at every product."""
 _MATH: Any = torch.backends
 _FLOAT32_BACKENDS: list[Any] = [
     backend

@@ -147,19 +147,19 @@ def launch_gradient_moments(problems: Sequence[MomentProblem | PreparedProblem])
     """
     if not problems:
         return PendingMoments([], [])
-    device = _tensors("inputs", _plain(problems[0]).inputs)[0].device
+    device = _tensors("inputs", _unprepared(problems[0]).inputs)[0].device
     implementation = backends.implementation("gradient_moments", device.type)
     if implementation in ("triton", "cuda"):
         wgmma = implementation == "cuda" and _has_wgmma(device)
         launchable = [p.launchable(wgmma) if isinstance(p, PreparedProblem) else _problem(p, wgmma) for p in problems]
         _check_one_device(device, [p.weight.operands[0] for p in launchable])
         return PendingMoments(launchable, [])
-    plain = [_plain(p) for p in problems]
-    taken = [checked(*_operands(p), p.groups, p.convolution) for p in plain]
+    unprepared = [_unprepared(p) for p in problems]
+    taken = [checked(*_operands(p), p.groups, p.convolution) for p in unprepared]
     _check_one_device(device, [a[0] for a, *_ in taken])
     done = [
         moments_on_cpu(a, d, groups, shape, p.convolution, signed=p.signed, maps=p.maps)
-        for p, (a, d, groups, shape) in zip(plain, taken, strict=True)
+        for p, (a, d, groups, shape) in zip(unprepared, taken, strict=True)
     ]
     return PendingMoments([], done)
 
@@ -211,7 +211,7 @@ def _has_wgmma(device: torch.device) -> bool:
     return has_wgmma(device)
 
 
-def _plain(problem: MomentProblem | PreparedProblem) -> MomentProblem:
+def _unprepared(problem: MomentProblem | PreparedProblem) -> MomentProblem:
     return problem.problem if isinstance(problem, PreparedProblem) else problem
 
 
