@@ -2,9 +2,9 @@
 
 Beneath a CUDA build of PyTorch and the package's CUDA build a stand-in takes the place of the CUDA runtime, cuBLAS and
 the driver (stand_in/runtime.h says what of them holds). All steps of bench/gpu.py run, and what they compile beside
-them, with the tests' comparisons passed over; and two steps of the rehearsal's own, which hold each op and candidates
-of each space to the project's rules. It fails where a step does, where a call of CUDA is illegal, where a row could not
-be measured, or where a rule is broken.
+them, with the tests' comparisons passed over; and steps of the rehearsal's own, which hold each op, the memory of large
+layers and candidates of each space to the project's rules. It fails where a step does, where a call of CUDA is illegal,
+where a row could not be measured, or where a rule is broken.
 
 Numbers, and times that a device would take, mean nothing, and stay in the output folder; a profile of the device is
 empty. True are what the host does to launch and to read a candidate, up to the runtime, whose own time is missing; how
@@ -27,7 +27,7 @@ import stand_in
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 3600
 """That a step may take: the host computes what tests compare with, and compiles, on few cores."""
-OWN = ("ops", "candidates")
+OWN = ("ops", "memory", "candidates")
 """Steps of the rehearsal's own, functions of rules.py."""
 
 

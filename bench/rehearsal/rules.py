@@ -19,6 +19,7 @@ from lswag_fast.backends import preferring
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.engine.cuda_graphs import no_captures
 from lswag_fast.kernels.gradient_moments_launch import has_wgmma
+from lswag_fast.ops.gradient_moments import Convolution, gradient_moments
 from lswag_fast.options import ScoreOptions
 
 SAMPLES = 64
@@ -27,6 +28,25 @@ ROUNDS_BEFORE, ROUNDS = 4, 8
 NOTHING = {"waits": 0, "device_allocations": 0, "device_frees": 0, "host_allocations": 0, "illegal": 0}
 """What an op does of this once its kernels are loaded and its memory is kept."""
 CANDIDATE = {**NOTHING, "waits": 1, "graphs": 0}
+MOST_EXTRA_BYTES = 64 * 2**20
+"""Of device memory that gradient moments take beyond their operands, whatever the layer."""
+LARGE_LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "linear, 576 to 2304": ((64, 197, 576), (64, 197, 2304), {}),
+    "linear, 32768 to 32768": ((4, 8, 32768), (4, 8, 32768), {}),
+    "linear, 8192 to 8192, signed": ((16, 64, 8192), (16, 64, 8192), {"signed": True}),
+    "linear, 128 to 262144": ((4, 8, 128), (4, 8, 262144), {}),
+    "convolution, 3 x 3, 1024 to 1024": (
+        (16, 1024, 14, 14),
+        (16, 1024, 14, 14),
+        {"convolution": Convolution((3, 3), padding=(1, 1))},
+    ),
+    "depthwise convolution, 7 x 7, 768": (
+        (64, 768, 14, 14),
+        (64, 768, 14, 14),
+        {"convolution": Convolution((7, 7), padding=(3, 3), groups=768)},
+    ),
+}
+"""Shapes of inputs and output gradients, and what else gradient moments are asked."""
 WAYS = {"CUDA graphs": None, "kernel by kernel": no_captures}
 
 
@@ -80,6 +100,24 @@ def _op(make: Callable[[], Callable[[], Any]], kernel: str = "") -> dict[str, in
         replayed = counted(graph.replay)
     hold(replayed, {**NOTHING, "on_default_stream": 0, "launches": 0, "graph_launches": 1})
     return {name: found[name] for name in ("launches", "copies", "fills")}
+
+
+def memory(rows: Rows) -> None:
+    """Holds gradient moments of large layers to the device memory that they may take."""
+    for name, layer in LARGE_LAYERS.items():
+        rows.attempt(partial(_extra_bytes, *layer), name)
+
+
+def _extra_bytes(inputs: tuple[int, ...], output_grads: tuple[int, ...], options: dict[str, Any]) -> int:
+    a, d = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in (inputs, output_grads))
+    gradient_moments(a, d, **options)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradient_moments(a, d, **options)
+    extra = torch.cuda.max_memory_allocated() - before
+    if not 0 < extra < MOST_EXTRA_BYTES:
+        raise BrokenRuleError(f"{extra} bytes beyond the operands, and {MOST_EXTRA_BYTES} are too many")
+    return extra
 
 
 def candidates(rows: Rows) -> None:
