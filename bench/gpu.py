@@ -28,7 +28,7 @@ import float64_ranking as fixed
 import measure
 import torch
 from gpu_cases import MIDDLE, Case, cases, depthwise_cases, moments_case
-from gpu_subject import Subject
+from gpu_subject import FROM_PASS, Subject
 from gpu_timing import rates, timed
 from steps import Rows, Step, rows_path, run
 
@@ -86,10 +86,7 @@ def score_step(rows: Rows) -> None:
     subjects = {name: Subject(name, samples=64) for name in MIDDLE}
     for name, subject in subjects.items():
         for how, engine in (("", subject.engine), (", without CUDA graphs", subject.without_graphs)):
-            score, launch = partial(engine.score, subject.arch), partial(engine.launch, subject.arch)
-            rows.attempt(partial(timed, score, waits=True), name, f"score{how}")
-            # The device's time of it, for the host does not wait.
-            rows.attempt(partial(shares, launch, *subject.flops_and_bytes(), peaks), name, f"launch of a score{how}")
+            add_score(rows, subject, engine, how, peaks)
         rows.attempt(subject.candidates_a_minute, name, "candidates a minute")
         for how in ("published formulation", "space.build"):
             rows.attempt(partial(subject.plain_pass, how), name, f"plain pass, {how}")
@@ -97,6 +94,18 @@ def score_step(rows: Rows) -> None:
         rows.attempt(partial(ranking, dtype), "ranking", dtype)
     for name, subject in subjects.items():
         rows.attempt(subject.profile, name, "profile")
+    how = f", {len(FROM_PASS)} proxies"
+    for name, subject in subjects.items():
+        add_score(rows, subject, subject.with_others, how, peaks)
+        rows.attempt(partial(subject.candidates_a_minute, others=True), name, f"candidates a minute{how}")
+
+
+def add_score(rows: Rows, subject: Subject, engine: AutoFormerEngine, how: str, peaks: dict[str, float]) -> None:
+    """Finds the time of an engine's score, and that of the device for it."""
+    score, launch = partial(engine.score, subject.arch), partial(engine.launch, subject.arch)
+    rows.attempt(partial(timed, score, waits=True), subject.name, f"score{how}")
+    # The device's time of it, for the host does not wait.
+    rows.attempt(partial(shares, launch, *subject.flops_and_bytes(), peaks), subject.name, f"launch of a score{how}")
 
 
 def ranking(dtype: str) -> dict[str, Any]:
@@ -186,7 +195,9 @@ def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 def compile_scores(name: str) -> None:
     """Compiles the kernels of a space's scores in bfloat16, and of its kernels' cases."""
-    Subject(name, samples=64).score()
+    subject = Subject(name, samples=64)
+    for engine in (subject.engine, subject.with_others):
+        engine.score(subject.arch)
     for case in cases(MIDDLE[name], samples=64):
         case.make()()
 

@@ -90,11 +90,11 @@ def cases(arch: Mapping[str, Any], samples: int, tokens: int = 197) -> Iterator[
         positions = sum(tokens * mlp_width(embed, ratio) for ratio in ratios)
         yield Case(f"patterns of {count} samples", partial(_counting, arch, count, tokens), 0, positions * 8)
     yield Case("Hamming kernel", partial(_counting, arch, samples, tokens, hamming=True), 0, positions * 8)
-    for signed in (False, True):
-        yield moments_case(arch, samples, tokens, signed=signed)
+    for asked in ("", ", signed", ", signed, with saliencies"):
+        yield moments_case(arch, samples, tokens, asked)
 
 
-def moments_case(arch: Mapping[str, Any], samples: int, tokens: int = 197, *, signed: bool = False) -> Case:
+def moments_case(arch: Mapping[str, Any], samples: int, tokens: int = 197, asked: str = "") -> Case:
     """Returns the gradient moments of all Linear layers of a candidate but its head, as one launch."""
     shapes, rows = linear_shapes(arch), samples * tokens
 
@@ -102,14 +102,18 @@ def moments_case(arch: Mapping[str, Any], samples: int, tokens: int = 197, *, si
         return torch.randn(samples, tokens, width, device="cuda", dtype=torch.bfloat16)
 
     def moments() -> Callable[[], Any]:
-        problems = [MomentProblem(drawn(i), drawn(o), samples, signed=signed) for o, i in shapes]
+        problems = []
+        for o, i in shapes:
+            weight = torch.randn(o, i, device="cuda", dtype=torch.bfloat16) if weighed else None
+            problems.append(MomentProblem(drawn(i), drawn(o), samples, signed="signed" in asked, weight=weight))
         return partial(launch_gradient_moments, problems)
 
+    weighed = "saliencies" in asked
     return Case(
-        "gradient moments, all Linear layers but the head" + ", signed" * signed,
+        "gradient moments, all Linear layers but the head" + asked,
         moments,
         sum(2 * rows * o * i for o, i in shapes),
-        sum(2 * rows * (o + i) for o, i in shapes),
+        sum(2 * rows * (o + i) + 2 * weighed * o * i for o, i in shapes),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,25 +17,33 @@ from gpu_timing import timed
 from original_autoformer import original_candidate
 from torch import Tensor
 
-from lswag_fast import images, spaces
+from lswag_fast import images, proxies, spaces
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.engine.cuda_graphs import no_captures
 from lswag_fast.options import ScoreOptions
+from lswag_fast.proxies.proxy import Need
+
+FROM_PASS = tuple(
+    name for name in proxies.names() if (kind := proxies.get(name)).from_pass and Need.OUTPUTS not in kind.needs
+)
+"""The proxies that a candidate of a supernet has from L-SWAG's own pass, L-SWAG among them."""
 
 
 class Subject:
     """The middle candidate of a space, its supernet and Gaussian images, on the GPU."""
 
     def __init__(self, name: str, samples: int) -> None:
+        self.name = name
         self.space = spaces.get(name, image_size=224, patch_size=16, num_classes=1000)
         self.arch = self.space.canonical(MIDDLE[name])
         self.samples = samples
         data = images.load("noise", samples, image_size=224, seed=0)
         options = ScoreOptions(dtype="bfloat16", device="cuda").resolved(samples)
         self.supernet = self.space.supernet(seed=0)
-        given = (self.supernet, data.images, data.labels, None, options)
-        self.engine = AutoFormerEngine(*given)
-        self.without_graphs = AutoFormerEngine(*given, captures=no_captures)
+        given = (self.supernet, data.images, data.labels, None)
+        self.engine = AutoFormerEngine(*given, options)
+        self.without_graphs = AutoFormerEngine(*given, options, captures=no_captures)
+        self.with_others = AutoFormerEngine(*given, replace(options, proxies=FROM_PASS))
         self.images, self.labels = data.images.cuda().bfloat16(), data.labels.cuda()
 
     def score(self) -> Any:
@@ -54,26 +63,27 @@ class Subject:
 
         return {**timed(call), "seconds_with_a_wait": timed(waiting, waits=True)["seconds"]}
 
-    def candidates_a_minute(self, candidates: int = 64) -> dict[str, float]:
-        """Returns how many different ones are scored a minute, by how many are under way at a time."""
+    def candidates_a_minute(self, candidates: int = 64, *, others: bool = False) -> dict[str, float]:
+        """Returns how many different ones are scored a minute, by how many are under way at a time.
+
+        `others`: with other proxies, and with two under way alone.
+        """
+        engine = self.with_others if others else self.engine
         archs = list(self.space.sample(candidates, seed=1))
         found = {}
         # Most of what different candidates share has been recorded after some hundred.
-        for most, before, how in (
-            (1, 0, "one at a time, the first"),
-            (1, 250, "one at a time"),
-            (2, 400, "two in flight"),
-        ):
-            self._in_turn(self.space.sample(before, seed=2), most)
-            found[how] = 60 * candidates / self._in_turn(archs, most)
+        ways = [(1, 0, "one at a time, the first"), (1, 250, "one at a time"), (2, 400, "two in flight")]
+        for most, before, how in ways[2:] if others else ways:
+            self._in_turn(engine, self.space.sample(before, seed=2), most)
+            found[how] = 60 * candidates / self._in_turn(engine, archs, most)
         return found
 
-    def _in_turn(self, archs: Iterable[Mapping[str, Any]], most: int) -> float:
+    def _in_turn(self, engine: AutoFormerEngine, archs: Iterable[Mapping[str, Any]], most: int) -> float:
         """Returns the seconds of scoring candidates, `most` of them under way at a time."""
         pending: deque[Any] = deque()
         started = time.perf_counter()
         for arch in archs:
-            pending.append(self.engine.launch(arch))
+            pending.append(engine.launch(arch))
             if len(pending) == most:
                 pending.popleft().finish()
         while pending:

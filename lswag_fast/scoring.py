@@ -59,10 +59,9 @@ def score(
 
     The model is left as it was: parameters, gradients, buffers, modes, random states and torch's settings.
 
-    On a CUDA device the host waits once, for the results. It waits more often for weights that go one at a time, for
-    proxies that run passes of their own, and for the seconds of each where others than L-SWAG are asked for. Where the
-    results say that a model folds its samples into another axis in an order that cannot be told, the pass is run again,
-    and the seconds hold both.
+    On a CUDA device the host waits once, for the results. It waits more often for weights that go one at a time and for
+    proxies that run passes of their own. Where the results say that a model folds its samples into another axis in an
+    order that cannot be told, the pass is run again, and the seconds hold both.
 
     Args:
         model: any module whose forward pass takes one batch of images. Dropout is off while scoring; batch
@@ -332,6 +331,7 @@ class Scored:
             pattern_samples=self.options.pattern_samples,
             make_network=self.make_network,
             counted=self.statistics.distinct_patterns(),
+            agreed=self.statistics.agreements(),
             shared=SharedWork(self.clock),
         )
 
@@ -344,6 +344,11 @@ def clock_of(options: ScoreOptions) -> Clock:
 def has_other_proxies(options: ScoreOptions) -> bool:
     """Tells whether others than L-SWAG are asked for."""
     return [p.name for p in registry.chosen(options.proxies)] != ["lswag"]
+
+
+def from_pass_alone(options: ScoreOptions) -> bool:
+    """Tells whether all proxies asked for are made of numbers of the shared pass."""
+    return all(proxy.from_pass for proxy in registry.chosen(options.proxies))
 
 
 def _finite(row: LayerRow) -> bool:

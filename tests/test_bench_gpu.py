@@ -104,7 +104,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (spaces, "get"): lambda name, **sizes: make(name, **{**sizes, **small}),
         (images, "load"): lambda source, samples, **options: load(source, SAMPLES, **{**options, **small}),
         (gpu.Subject, "__init__"): lambda self, name, samples: start(self, name, SAMPLES),
-        (gpu.Subject, "_in_turn"): lambda self, archs, most: in_turn(self, islice(archs, 3), most),
+        (gpu.Subject, "_in_turn"): lambda self, engine, archs, most: in_turn(self, engine, islice(archs, 3), most),
         (gpu, "MIDDLE"): {"autoformer-tiny": gpu.MIDDLE["autoformer-tiny"]},
         (gpu, "cases"): lambda arch, samples: cases(arch, SAMPLES),
         (gpu, "moments_case"): lambda arch, samples: moments(arch, SAMPLES, 5),

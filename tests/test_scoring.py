@@ -285,7 +285,7 @@ OUT_OF_MEMORY: list[Exception] = [
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception = OUT_OF_MEMORY[0]) -> list[int]:
     """Lets an op run out of memory so many times; returns its calls."""
     calls: list[int] = []
-    op = statistics.gradient_moments
+    op = statistics.gradient_moments_grouped
 
     def moments(*given: Any, **options: Any) -> Any:
         calls.append(len(calls))
@@ -293,7 +293,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, times: int, error: Exceptio
             raise error
         return op(*given, **options)
 
-    monkeypatch.setattr(statistics, "gradient_moments", moments)
+    monkeypatch.setattr(statistics, "gradient_moments_grouped", moments)
     return calls
 
 

@@ -177,9 +177,9 @@ def test_bad_values_are_told_of_before_a_loss_that_is_not_finite(what: str, late
 
 
 def failing(times: int, error: Exception) -> Callable[..., Any]:
-    """Returns `gradient_moments`, which fails so many times before."""
+    """Returns `gradient_moments_grouped`, which fails so many times before."""
     failures = iter([error] * times)
-    op = statistics.gradient_moments
+    op = statistics.gradient_moments_grouped
 
     def moments(*given: Any, **options: Any) -> Any:
         for failure in failures:
@@ -195,7 +195,7 @@ def failing(times: int, error: Exception) -> Callable[..., Any]:
 def test_a_second_attempt_is_judged_too(
     what: str, error: Exception, times: int, late: None, launched: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "gradient_moments", failing(times, error))
+    monkeypatch.setattr(statistics, "gradient_moments_grouped", failing(times, error))
     with pytest.raises(InputError):
         score(*BAD_VALUES[what])
     assert len(launched) == 2 - times
@@ -208,5 +208,5 @@ def test_a_second_attempt_has_the_orders_too(
     model = network()
     at_once = score(images(), labels(), model)
     compute_apart(monkeypatch)
-    monkeypatch.setattr(statistics, "gradient_moments", failing(times, torch.OutOfMemoryError("out of memory")))
+    monkeypatch.setattr(statistics, "gradient_moments_grouped", failing(times, torch.OutOfMemoryError("out of memory")))
     assert_same(score(images(), labels(), model), at_once)

@@ -114,18 +114,18 @@ def unmeasured(found: Any, *names: str) -> Iterator[str]:
 def table(candidates: dict[str, Any]) -> Iterator[str]:
     """Yields the lines of what is true of candidates without a device."""
     heads = ("launch ms", "finish ms", "launches", "graphs", "waits", "mallocs", "GiB", "two in flight")
-    yield f"{'a candidate, S = 64, bfloat16':<36}" + "".join(f"{head:>15}" for head in heads)
+    yield f"{'a candidate, S = 64, bfloat16':<42}" + "".join(f"{head:>15}" for head in heads)
     for name, ways in candidates.items():
         for how, row in ways.items():
             if isinstance(row, str):
-                yield f"{name + ', ' + how:<36} {row}"
+                yield f"{name + ', ' + how:<42} {row}"
                 continue
             milliseconds = [f"{row[f'{part}_milliseconds']:.2f}" for part in ("launch", "finish")]
             counts = [row["launches"], row["graph_launches"], row["waits"]]
             counts.append(row["device_allocations"] + row["host_allocations"])
             memory = [f"{value / 2**30:.2f}" for value in row["bytes_reserved"].values()]
             cells = [*milliseconds, *(f"{count:g}" for count in counts), *memory]
-            yield f"{name + ', ' + how:<36}" + "".join(f"{cell:>15}" for cell in cells)
+            yield f"{name + ', ' + how:<42}" + "".join(f"{cell:>15}" for cell in cells)
 
 
 if __name__ == "__main__":

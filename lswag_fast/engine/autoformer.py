@@ -30,7 +30,7 @@ from ..proxies.proxy import Need
 from ..proxies.result import LswagResult
 from ..proxies.shared_work import SharedWork
 from ..proxies.statistics import PassStatistics
-from ..scoring import Scored, attempted, clock_of, has_other_proxies
+from ..scoring import Scored, attempted, clock_of, from_pass_alone
 from ..spaces.autoformer import AutoFormerSupernet
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .autoformer_pass import AutoFormerPass, LayerUse, Weights, nothing
@@ -82,8 +82,8 @@ class AutoFormerEngine:
         self._labels = labels.to(options.device) if isinstance(labels, Tensor) else labels
         self._default_loss = loss is None
         self._loss: Loss = CrossEntropy() if loss is None else loss
-        # Other proxies run passes of their own after this one.
-        self.in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" and not has_other_proxies(options) else 1
+        # Some proxies run passes of their own after this one.
+        self.in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" and from_pass_alone(options) else 1
         """How many candidates to launch before the first of them is read."""
         self._captures = captures or captures_on(self._device)
         self.pool = MemoryPool(self._static_memory, MOST_IN_FLIGHT)
@@ -128,12 +128,14 @@ class AutoFormerEngine:
             layer = plan.layers[position]
             if layer.kept and statistics.waits_for_all:
                 # The options of an engine are those of all its candidates, and so is the problem of a use.
-                use.problem = use.problem or PreparedProblem(statistics.problem([use.inputs], [use.output_grads]))
+                use.problem = use.problem or PreparedProblem(
+                    statistics.problem([use.inputs], [use.output_grads], use.weight)
+                )
                 statistics.keep(layer, use.problem)
             elif layer.kept:
                 statistics.weight(layer, [use.inputs], [use.output_grads], None, use.weight)
 
-        candidate = self._pass(arch, memory, clock, [statistics.wants(a) for a in plan.activations])
+        candidate = self._pass(arch, memory, [statistics.wants(a) for a in plan.activations])
         with clock("forward"):
             logits = candidate.forward(packed)
         losses, grad = self._losses(logits, memory)
@@ -160,12 +162,11 @@ class AutoFormerEngine:
         with torch.no_grad():
             return memory.run("loss", None, (logits,), work, nothing)
 
-    def _pass(self, arch: Arch, memory: Memory, clock: Clock, packs: Sequence[bool]) -> AutoFormerPass:
+    def _pass(self, arch: Arch, memory: Memory, packs: Sequence[bool]) -> AutoFormerPass:
         def activate(pre: Tensor, packed: bool, empty: Empty) -> tuple[Tensor, Tensor | None]:
             if not packed:
                 return torch.ops.aten.gelu.out(pre, out=empty(pre.shape, dtype=pre.dtype, device=pre.device)), None
-            with clock(Need.PATTERNS.name):
-                return activate_and_pack(pre, "gelu", samples=self._options.pattern_samples, empty=empty)
+            return activate_and_pack(pre, "gelu", samples=self._options.pattern_samples, empty=empty)
 
         given = (self._weights, arch, self._patches, self._grid)
         return AutoFormerPass(*given, memory=memory, activate=activate, packs=packs)
@@ -173,10 +174,9 @@ class AutoFormerEngine:
     def _static_memory(self) -> StaticMemory | None:
         """Returns memory for any candidate of the space; None: launches are not captured.
 
-        Nor can they be where an operation chooses its own memory, or where time is taken by events.
+        Nor can they be where an operation chooses its own memory.
         """
-        clock = clock_of(self._options)
-        capture = None if clock.running else self._captures()
+        capture = self._captures()
         if capture is None:
             return None
         choices, memory = self._space.choices, StaticMemory(capture)
@@ -186,7 +186,7 @@ class AutoFormerEngine:
             "num_heads": [max(choices.num_heads)] * depth,
             "mlp_ratio": [max(choices.mlp_ratio)] * depth,
         }
-        candidate = self._pass(largest, memory, clock, [True] * depth)
+        candidate = self._pass(largest, memory, [True] * depth)
         logits = candidate.forward(lambda *_: None)
         left = [*candidate.kept()]
         if self._default_loss:
@@ -232,8 +232,8 @@ class PendingScore:
     def finish(self) -> LswagResult:
         """Waits for it and returns it, once; raises ScoreError where a loss is not finite."""
         try:
-            # Other proxies than L-SWAG may run passes of their own.
-            settings = _pass_settings() if has_other_proxies(self.scored.options) else nullcontext()
+            # Passes of a proxy's own may draw numbers.
+            settings = nullcontext() if from_pass_alone(self.scored.options) else _pass_settings()
             with settings, warnings.catch_warnings(record=True) as later:
                 warnings.simplefilter("always")
                 result = self.scored.result(self.scored.options, self.caught, self.start)

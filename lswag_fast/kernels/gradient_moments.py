@@ -3,7 +3,7 @@
 Three launches: `largest_magnitudes` finds the scale of every problem, `moments_of_tiles` (or `moments_of_windows`, or
 `moments_of_depthwise`) works through the tiles of all problems with a fixed grid of programs, `sums_of_tiles` adds the
 tiles' sums up in float64, problem by problem, in the order of the tiles. No float atomics: a problem has the same bits
-whatever else shares its launch. No g is ever stored; the memory used is 40 bytes a tile, 88 where SIGNED. On a Hopper
+whatever else shares its launch. No g is ever stored; the memory used is 40 bytes a tile, 104 where SIGNED. On a Hopper
 GPU, csrc/cuda/gradient_moments.cuh can take the place of `moments_of_tiles`; see there what that is for.
 
 Cost of a weight [O, I] over S samples of T rows: 2 * S * T * O * I FLOP; S * T * (O / BO * I + I / BI * O) elements
@@ -72,6 +72,7 @@ def moments_of_tiles(
     magnitudes,
     partials,
     signed_partials,
+    weights,
     problem_count,
     first_tile,
     end_tile,
@@ -85,6 +86,7 @@ def moments_of_tiles(
     BT: tl.constexpr,
     MAPS: tl.constexpr,
     SIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Linear weights used once, last dimensions contiguous: five sums a tile to partials[tile, 5]."""
@@ -138,8 +140,18 @@ def moments_of_tiles(
                     signed_mean, signed_deviations = with_group(signed_mean, signed_deviations, g * scale, group)
                     signs += sign_of(g)
                 g = tl.zeros((BO, BI), REAL)
-        finish_tile(partials, tile, mean, deviations, row, magnitudes, o, i, MAPS, INTERPRETED)
+        finish_tile(partials, tile, mean, deviations, row, magnitudes, MAPS, INTERPRETED)
         if SIGNED:
             finish_signed_tile(
-                signed_partials, tile, signed_mean, signed_deviations, signs, row, magnitudes, o, i, MAPS, INTERPRETED
+                signed_partials,
+                weights,
+                tile,
+                signed_mean,
+                signed_deviations,
+                signs,
+                row,
+                magnitudes,
+                WEIGHT,
+                MAPS,
+                INTERPRETED,
             )

@@ -71,6 +71,7 @@ def moments_of_depthwise(
     magnitudes,
     partials,
     signed_partials,
+    weights,
     problem_count,
     first_tile,
     end_tile,
@@ -82,6 +83,7 @@ def moments_of_depthwise(
     BT: tl.constexpr,
     MAPS: tl.constexpr,
     SIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Kernels [O, 1, KH, KW], O a multiple of the C groups: rows of the weight are o, columns its taps."""
@@ -152,8 +154,18 @@ def moments_of_depthwise(
             if SIGNED:
                 signed_mean, signed_deviations = with_group(signed_mean, signed_deviations, g * scale, number_of_group)
                 signs += sign_of(g)
-        finish_tile(partials, tile, mean, deviations, row, magnitudes, o, i, MAPS, INTERPRETED)
+        finish_tile(partials, tile, mean, deviations, row, magnitudes, MAPS, INTERPRETED)
         if SIGNED:
             finish_signed_tile(
-                signed_partials, tile, signed_mean, signed_deviations, signs, row, magnitudes, o, i, MAPS, INTERPRETED
+                signed_partials,
+                weights,
+                tile,
+                signed_mean,
+                signed_deviations,
+                signs,
+                row,
+                magnitudes,
+                WEIGHT,
+                MAPS,
+                INTERPRETED,
             )

@@ -3,7 +3,7 @@
 A launch makes one table on the host, sends it by kernel arguments, and starts three to a handful of kernels; nothing is
 read back before `finish`, and nothing reads the host's memory later, so that a CUDA graph can capture it once kernels
 have been loaded by a launch before. Programs hold their tiles in registers: beyond operands there are the table (about
-0.5 KB a weight) and 40 bytes a tile, 88 where signed moments are asked for.
+0.5 KB a weight) and 40 bytes a tile, 104 where signed moments are asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .. import _C
 from ..errors import InputError
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
-from .gradient_moments_layout import TYPES, WGMMA, Form, Layout, Rows, tile_bytes
+from .gradient_moments_layout import TYPES, WGMMA, Form, Layout, Rows, sums_of
 from .gradient_moments_shared import (
     EVERY,
     FIRST_TILE,
@@ -30,8 +30,12 @@ from .gradient_moments_shared import (
     MAGNITUDE,
     MAPS_AT,
     OPERAND_FIELDS,
+    RESULTS,
+    SIGNED_SUMS,
     SLOT,
     SOURCE_AT,
+    SUMS,
+    WEIGHT_FIELDS,
     A,
     D,
     largest_magnitudes,
@@ -54,11 +58,13 @@ class Placed:
     operands: Sequence[Tensor]
     maps: Tensor | None = None
     """Where the maps go, float64 [2 or (signed) 5, numel] in the order of MomentMaps, contiguous; or None."""
+    values: Tensor | None = None
+    """The weight itself as a matrix, planes one below the other, of the type that its layout knows; or None."""
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What runs on the device, and the memory it reads: `results` are float64 [weights, 8 or (signed) 14]."""
+    """What runs on the device, and the memory it reads: `results` are float64 [weights, 8 or (signed) 16]."""
 
     results: Tensor
     everything_seen: Sequence[bool]
@@ -81,16 +87,18 @@ class _Tables:
     uses: Rows
     ends: Rows
     operands: Rows
+    values: Rows
+    """The weights themselves, a row a slot; none where no problem has one."""
     types: Sequence[int]
     """How many operands are of each of TYPES; they follow in that order."""
     everything_seen: Sequence[bool]
 
     def joined(self) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Returns problems, uses, ends, operands and zeros for magnitudes in one tensor, and where each of them lies.
+        """Returns problems, uses, ends, operands, weights and zeros for magnitudes in one tensor, and where each lies.
 
         Sections begin at multiples of 16 bytes: another alignment would be another compiled kernel.
         """
-        parts = (self.problems, self.uses, self.ends, self.operands)
+        parts = (self.problems, self.uses, self.ends, self.operands, self.values)
         sizes = [part.size for part in parts] + [len(self.problems)]
         begins = np.cumsum([0] + [size + size % 2 for size in sizes]).tolist()
         table = np.zeros(begins[-1], dtype=np.int64)
@@ -110,16 +118,16 @@ def launch(weights: Sequence[Placed], *, every_element: bool = False) -> Launche
     tiles = tables.sections[-1].end_tile
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         on_device = _on_device(table, device)
-        problems, uses, ends, operands, slots = (on_device[begin:end] for begin, end in pieces)
+        problems, uses, ends, operands, values, slots = (on_device[begin:end] for begin, end in pieces)
         magnitudes = slots.view(torch.int32)
-        partials = torch.empty(tiles * 5, dtype=torch.float64, device=device)
-        signed = any(weight.layout.form.signed for weight in weights)
-        signed_partials = torch.empty(tiles * 6, dtype=torch.float64, device=device) if signed else None
-        results = torch.empty(len(weights), 14 if signed else 8, dtype=torch.float64, device=device)
+        partials = torch.empty(tiles * SUMS.value, dtype=torch.float64, device=device)
+        signed = _any_signed(weights)
+        signed_partials = torch.empty(tiles * SIGNED_SUMS.value, dtype=torch.float64, device=device) if signed else None
+        results = torch.empty(len(weights), _results(signed), dtype=torch.float64, device=device)
         _find_magnitudes(tables.types, operands, magnitudes)
         memory = (problems, uses, ends, magnitudes, partials)
         for section in tables.sections:
-            _work_through(section, memory, signed_partials, len(weights))
+            _work_through(section, memory, signed_partials, values, len(weights))
         _sums(signed, device).start((len(weights), 1), (problems, magnitudes, partials, signed_partials, results))
     return Launched(results, tables.everything_seen, (weights, on_device, partials, signed_partials))
 
@@ -135,9 +143,17 @@ def _on_device(table: Tensor, device: torch.device) -> Tensor:
 def workspace_bytes(weights: Sequence[Placed]) -> int:
     """Returns the device memory that a launch takes beside operands and maps."""
     tables = _tables(weights, every_element=False)
-    signed = any(w.layout.form.signed for w in weights)
-    sums = tables.sections[-1].end_tile * tile_bytes(signed)
-    return tables.joined()[0].numel() * 8 + sums + len(weights) * (112 if signed else 64)
+    signed = _any_signed(weights)
+    numbers = tables.sections[-1].end_tile * sums_of(signed) + len(weights) * _results(signed)
+    return (tables.joined()[0].numel() + numbers) * 8
+
+
+def _any_signed(weights: Sequence[Placed]) -> bool:
+    return any(weight.layout.form.signed for weight in weights)
+
+
+def _results(signed: bool) -> int:
+    return int(RESULTS.value + signed * SIGNED_SUMS.value)
 
 
 def architecture_of(device: torch.device) -> int:
@@ -199,7 +215,15 @@ def _tables(weights: Sequence[Placed], every_element: bool) -> _Tables:
     last = [0, *(ends[number - 1] for number in numbers.tolist())]
     sections = [_Section(form, int(last[n]), int(last[n + 1])) for n, form in enumerate(slots_of)]
     operands, types, seen = _operands(layouts, addresses, every_element)
-    return _Tables(sections, problems, uses, ends, operands, types, seen)
+    return _Tables(sections, problems, uses, ends, operands, _values(weights), types, seen)
+
+
+def _values(weights: Sequence[Placed]) -> Rows:
+    """Returns address and strides of every weight, 0 where it is not given."""
+    if all(weight.values is None for weight in weights):
+        return np.zeros((0, WEIGHT_FIELDS.value), dtype=np.int64)
+    rows = [(0, 0, 0) if (w := weight.values) is None else (w.data_ptr(), *w.stride()) for weight in weights]
+    return np.array(rows, dtype=np.int64)
 
 
 def _operands(
@@ -228,7 +252,7 @@ def _find_magnitudes(types: Sequence[int], operands: Tensor, magnitudes: Tensor)
 
 
 def _work_through(
-    section: _Section, memory: tuple[Tensor, ...], signed_partials: Tensor | None, problem_count: int
+    section: _Section, memory: tuple[Tensor, ...], signed_partials: Tensor | None, values: Tensor, problem_count: int
 ) -> None:
     form, device = section.form, memory[0].device
     if form.kernel is WGMMA:
@@ -238,7 +262,7 @@ def _work_through(
         stream = torch.cuda.current_stream(device).cuda_stream
         _C.cuda_grouped_moments(*tables, problem_count, section.first_tile, section.end_tile, half, stream)
         return
-    tensors = (*memory, signed_partials if form.signed else None)
+    tensors = (*memory, signed_partials if form.signed else None, None if form.value_type is None else values)
     programs = _programs(device, form.tile, section.end_tile - section.first_tile)
     numbers = (problem_count, section.first_tile, section.end_tile)
     _moments(form, device).start((programs, 1), tensors, numbers)
@@ -258,7 +282,13 @@ def _sums(signed: bool, device: torch.device) -> Launch:
 def _moments(form: Form, device: torch.device) -> Launch:
     tile, source = form.tile, TYPES[form.a_type]
     options: dict[str, Any] = constants_of(
-        tile, form.kind, source, maps=form.maps, signed=form.signed, interpreted=device.type == "cpu"
+        tile,
+        form.kind,
+        source,
+        maps=form.maps,
+        signed=form.signed,
+        weight=None if form.value_type is None else TYPES[form.value_type],
+        interpreted=device.type == "cpu",
     )
     if form.kernel is moments_of_tiles:
         options |= {"SOURCE": source, "UNIT": form.unit}

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import InputError
 from .gradient_moments import moments_of_tiles
 from .gradient_moments_depthwise import moments_of_depthwise
-from .gradient_moments_shared import OPERAND_FIELDS, PROBLEM_FIELDS, USE_FIELDS
+from .gradient_moments_shared import OPERAND_FIELDS, PROBLEM_FIELDS, SIGNED_SUMS, SUMS, USE_FIELDS
 from .gradient_moments_tiles import FLOAT64, HALF, IEEE, TF32, WGMMA_TILE, Tile, depthwise_tile, tile_for
 from .gradient_moments_windows import moments_of_windows
 from .launch import power_of_two
@@ -35,9 +35,9 @@ MOST_TILE_BYTES = 60 * 2**20
 _LIMIT = 2**31
 
 
-def tile_bytes(signed: bool) -> int:
-    """Returns the bytes of device memory that the sums of a tile take."""
-    return 88 if signed else 40
+def sums_of(signed: bool) -> int:
+    """Returns how many float64 sums a tile has."""
+    return int(SUMS.value + signed * SIGNED_SUMS.value)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Weight:
     tf32: bool = False
     signed: bool = False
     maps: bool = False
+    value_type: torch.dtype | None = None
+    """Of the weight itself, where saliencies are asked for, which come with signed moments."""
 
     @property
     def depthwise(self) -> bool:
@@ -95,6 +97,7 @@ class Form:
     unit: int
     maps: bool
     signed: bool
+    value_type: torch.dtype | None
 
     @property
     def of_lines(self) -> bool:
@@ -140,7 +143,7 @@ def layout_of(weight: Weight, architecture: int, tile: Tile | None = None, *, wg
     if tile is not None:
         form = replace(form, tile=tile)
     in_plane = -(-weight.height // form.tile.rows) * -(-weight.width // form.tile.columns) * form.sums
-    if in_plane * weight.planes * tile_bytes(form.signed) > MOST_TILE_BYTES:
+    if in_plane * weight.planes * sums_of(form.signed) * 8 > MOST_TILE_BYTES:
         raise InputError(
             f"expected a weight whose sums of tiles fit 60 MiB, got [{weight.height}, {weight.width}] with signed = "
             f"{weight.signed}, maps = {weight.maps}; ask for fewer of them, or pass fewer output channels at a time"
@@ -201,7 +204,7 @@ def _form_of(weight: Weight, architecture: int, wgmma: bool) -> Form:
     plain = kernel is moments_of_tiles and kind == HALF and unit == 8 and not weight.signed and not weight.maps
     if wgmma and plain and d.shape[3] > 0:
         kernel, tile = WGMMA, WGMMA_TILE
-    return _form(kernel, tile, a.dtype, d.dtype, kind, unit, weight.maps, weight.signed)
+    return _form(kernel, tile, a.dtype, d.dtype, kind, unit, weight.maps, weight.signed, weight.value_type)
 
 
 @cache

@@ -1,6 +1,6 @@
 """What the kernels of gradient moments share: their tables, the scale, Welford's update, and the sums of tiles.
 
-Sums of a tile leave it in five float64 numbers for |g|, and in six more for the signed g where those are asked for.
+Sums of a tile leave it in five float64 numbers for |g|, and in eight more for the signed g where those are asked for.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, name-defined, valid-type"
@@ -74,8 +74,11 @@ OPERAND_FIELDS = tl.constexpr(16)
     MAGNITUDE,
 ) = (tl.constexpr(n) for n in range(11))
 """A row an operand, as four sizes and strides."""
+WEIGHT_FIELDS = tl.constexpr(3)
+WEIGHT_AT, WEIGHT_ROW, WEIGHT_COLUMN = (tl.constexpr(n) for n in range(3))
+"""A row a problem, by its slot: where its weight lies, and the strides of the weight as a matrix."""
 SUMS = tl.constexpr(5)
-SIGNED_SUMS = tl.constexpr(6)
+SIGNED_SUMS = tl.constexpr(8)
 RESULTS = tl.constexpr(8)
 """Numbers a problem: its sums, the exponent of the scale, two magnitudes; SIGNED_SUMS more where any is signed."""
 DEAD_SQUARED = tl.constexpr(2.0**-44)
@@ -173,8 +176,8 @@ def _add_six(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
 
 
 @triton.jit
-def finish_tile(partials, tile, mean, deviations, row, magnitudes, o, i, MAPS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Sums the moments of |g| over a tile of weights (o, i), and writes their maps."""
+def finish_tile(partials, tile, mean, deviations, row, magnitudes, MAPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Sums the moments of |g| over a tile of weights, and writes their maps."""
     # `volatile` reads the table again rather than keep what was read before the loop in registers through it.
     variance = deviations / tl.load(row + GROUPS, volatile=True).to(mean.dtype)
     dead = variance <= mean * mean * DEAD_SQUARED
@@ -195,16 +198,34 @@ def finish_tile(partials, tile, mean, deviations, row, magnitudes, o, i, MAPS: t
     tl.store(place + 3, sums[3].to(tl.float64))
     tl.store(place + 4, sums[4].to(tl.float64))
     if MAPS:
-        maps, inside, numel, unit = _place_in_maps(row, tile, magnitudes, o, i)
+        maps, inside, numel, unit = _place_in_maps(row, tile, magnitudes, mean.shape[0], mean.shape[1])
         tl.store(maps, sigma.to(tl.float64) * unit, mask=inside)
         tl.store(maps + numel, mean.to(tl.float64) * unit, mask=inside)
 
 
 @triton.jit
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
 def finish_signed_tile(
-    partials, tile, mean, deviations, signs, row, magnitudes, o, i, MAPS: tl.constexpr, INTERPRETED: tl.constexpr
+    partials,
+    weights,
+    tile,
+    mean,
+    deviations,
+    signs,
+    row,
+    magnitudes,
+    WEIGHT: tl.constexpr,
+    MAPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """Sums the moments of the signed g over a tile of weights (o, i), and writes their maps."""
+    """Sums the moments of the signed g over a tile of weights, and writes their maps.
+
+    Where WEIGHT is the type of a weight w, also mean g * w and its magnitude; their sums are 0 where it is None.
+    """
     variance = deviations / tl.load(row + GROUPS, volatile=True).to(mean.dtype)
     square = mean * mean
     still = variance <= square * DEAD_SQUARED
@@ -218,34 +239,74 @@ def finish_signed_tile(
     place = partials + tl.cast(tile, tl.int64) * SIGNED_SUMS
     for s in tl.static_range(6):
         tl.store(place + s, sums[s].to(tl.float64))
+    if WEIGHT is None:
+        tl.store(place + 6, 0.0)
+        tl.store(place + 7, 0.0)
+    else:
+        saliencies = _saliencies(weights, tile, mean, row, WEIGHT, INTERPRETED)
+        tl.store(place + 6, saliencies[0].to(tl.float64))
+        tl.store(place + 7, saliencies[1].to(tl.float64))
     if MAPS:
-        maps, inside, numel, unit = _place_in_maps(row, tile, magnitudes, o, i)
+        maps, inside, numel, unit = _place_in_maps(row, tile, magnitudes, mean.shape[0], mean.shape[1])
         tl.store(maps + 2 * numel, sigma.to(tl.float64) * unit, mask=inside)
         tl.store(maps + 3 * numel, mean.to(tl.float64) * unit, mask=inside)
         tl.store(maps + 4 * numel, signs.to(tl.float64), mask=inside)
 
 
 @triton.jit
-def _place_in_maps(row, tile, magnitudes, o, i):
-    """Returns where the first map has the weights (o, i) of a tile, which exist, the numel of a map, and its unit."""
+def _saliencies(weights, tile, mean, row, WEIGHT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Returns the sums of mean * w and of |mean * w| over a tile."""
+    line, column, inside = _weights_of(row, tile, mean.shape[0], mean.shape[1])
+    entry = weights + tl.load(row + SLOT, volatile=True) * WEIGHT_FIELDS
+    w = tl.load(entry + WEIGHT_AT).to(tl.pointer_type(WEIGHT))
+    places = line[:, None] * tl.load(entry + WEIGHT_ROW).to(tl.int32)
+    places += column[None, :] * tl.load(entry + WEIGHT_COLUMN).to(tl.int32)
+    product = mean * tl.load(w + places, mask=inside, other=0.0).to(mean.dtype)
+    if INTERPRETED:
+        sums = (tl.sum(product), tl.sum(tl.abs(product)))
+    else:
+        sums = tl.reduce((product, tl.abs(product)), None, _add_two)
+    return sums
+
+
+@triton.jit
+def _weights_of(row, tile, BO: tl.constexpr, BI: tl.constexpr):
+    """Returns the weights of a tile as lines and columns of all planes one below the other, and which exist.
+
+    Worked out again from the table, so that nothing of it is in registers while the tile is worked on.
+    """
+    height = tl.load(row + HEIGHT, volatile=True).to(tl.int32)
+    width = tl.load(row + WIDTH, volatile=True).to(tl.int32)
+    in_plane = tl.load(row + TILES_IN_PLANE, volatile=True).to(tl.int32)
+    number = tile - tl.load(row + FIRST_TILE, volatile=True).to(tl.int32)
+    plane = number // in_plane
+    number -= plane * in_plane
+    across = (width + BI - 1) // BI
+    o = number // across * BO + tl.arange(0, BO)
+    i = number % across * BI + tl.arange(0, BI)
+    return plane * height + o, i, (o < height)[:, None] & (i < width)[None, :]
+
+
+@triton.jit
+def _place_in_maps(row, tile, magnitudes, BO: tl.constexpr, BI: tl.constexpr):
+    """Returns where the first map has the weights of a tile, which exist, the numel of a map, and its unit."""
+    line, column, inside = _weights_of(row, tile, BO, BI)
     height = tl.load(row + HEIGHT)
     width = tl.load(row + WIDTH)
-    in_plane = tl.load(row + TILES_IN_PLANE)
-    plane = (tl.cast(tile, tl.int64) - tl.load(row + FIRST_TILE)) // in_plane
-    index = plane * height * width + o[:, None].to(tl.int64) * width + i[None, :]
+    index = line[:, None].to(tl.int64) * width + column[None, :]
     exponent = scale_exponent(magnitudes, tl.load(row + SLOT))
     unit = 1.0 / (power_of_two(exponent).to(tl.float64) * tl.load(row + GROUP_SIZE).to(tl.float64))
     maps = tl.load(row + MAPS_AT).to(tl.pointer_type(tl.float64)) + index
-    numel = tl.load(row + TILES_OF) // in_plane * height * width
-    return maps, (o < height)[:, None] & (i < width)[None, :], numel, unit
+    numel = tl.load(row + TILES_OF) // tl.load(row + TILES_IN_PLANE) * height * width
+    return maps, inside, numel, unit
 
 
 @triton.jit
 def sums_of_tiles(problems, magnitudes, partials, signed_partials, results, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
     """Adds up the tiles of each problem in a fixed order: results[slot] of float64.
 
-    The five sums, the exponent of the scale, the bits of the largest |a| and |d| seen; where any problem is SIGNED, six
-    more sums, which are 0 where this one is not.
+    The five sums, the exponent of the scale, the bits of the largest |a| and |d| seen; where any problem is SIGNED,
+    eight more sums, which are 0 where this one is not.
     """
     row = problems + tl.program_id(0) * PROBLEM_FIELDS
     slot = tl.load(row + SLOT)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import triton.language as tl
 
@@ -28,11 +30,26 @@ _POINTERS = {
 }
 
 
-_PLAIN = ((False, False),)
-_DETAILS = (*_PLAIN, (True, False), (True, True))
-_EVERY_DETAIL = (*_DETAILS, (False, True))
-"""Whether signed moments, and whether maps are asked for. Maps alone take the tile of both, with half the values in
-registers, so one kernel shows it for all."""
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked for beside the sums of |g|."""
+
+    signed: bool = False
+    weight: bool = False
+    maps: bool = False
+
+    def __str__(self) -> str:
+        return ", signed" * self.signed + ", weight" * self.weight + ", maps" * self.maps
+
+    def constants(self, source: tl.dtype) -> dict[str, Any]:
+        """Returns what `constants_of` is told of it, with a weight of the type of the operands."""
+        return {"signed": self.signed, "maps": self.maps, "weight": source if self.weight else None}
+
+
+_PLAIN = (_Asked(),)
+_DETAILS = (*_PLAIN, _Asked(signed=True), _Asked(signed=True, weight=True), _Asked(True, True, True))
+_EVERY_DETAIL = (*_DETAILS, _Asked(signed=True, maps=True), _Asked(maps=True))
+"""What has less beside maps takes the tile of all, with fewer values in registers, so one kernel shows it for all."""
 
 
 def variants() -> Iterator[Variant]:
@@ -49,12 +66,12 @@ def variants() -> Iterator[Variant]:
         warps=4,
         stages=3,
     )
-    for signed in (False, True):
+    for asked in (_Asked(), _Asked(signed=True)):
         yield Variant(
-            f"gradient_moments sums{_detail(signed, False)}",
+            f"gradient_moments sums{asked}",
             sums_of_tiles,
-            _types(signed),
-            {"BLOCK": SUMS_BLOCK, "SIGNED": signed},
+            _types(asked),
+            {"BLOCK": SUMS_BLOCK, "SIGNED": asked.signed},
             warps=4,
             stages=3,
         )
@@ -71,13 +88,13 @@ def _of_tiles(architecture: int) -> Iterator[Variant]:
         ("float32", tl.float32, IEEE, 4, _DETAILS),
         ("float32, sums in float64", tl.float32, FLOAT64, 4, _DETAILS),
     ):
-        for signed, maps in details:
-            tile = tile_for(architecture, kind, windows=False, unit=unit, signed=signed, maps=maps)
+        for asked in details:
+            tile = tile_for(architecture, kind, windows=False, unit=unit, signed=asked.signed, maps=asked.maps)
             yield Variant(
-                f"gradient_moments {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
+                f"gradient_moments {name}{asked} {tile.rows}x{tile.columns}x{tile.chunk}",
                 moments_of_tiles,
-                _types(signed),
-                {**constants_of(tile, kind, source, maps=maps, signed=signed), "SOURCE": source, "UNIT": unit},
+                _types(asked),
+                {**constants_of(tile, kind, source, **asked.constants(source)), "SOURCE": source, "UNIT": unit},
                 tile.warps,
                 tile.stages,
                 matrix=kind in (HALF, TF32),
@@ -93,13 +110,13 @@ def _of_windows() -> Iterator[Variant]:
         ("float32", tl.float32, IEEE),
         ("float32, sums in float64", tl.float32, FLOAT64),
     ):
-        for signed, maps in _DETAILS:
-            tile = tile_for(90, kind, windows=True, unit=1, signed=signed, maps=maps)
-            constants = constants_of(tile, kind, source, maps=maps, signed=signed)
+        for asked in _DETAILS:
+            tile = tile_for(90, kind, windows=True, unit=1, signed=asked.signed, maps=asked.maps)
+            constants = constants_of(tile, kind, source, **asked.constants(source))
             yield Variant(
-                f"gradient_moments windows {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
+                f"gradient_moments windows {name}{asked} {tile.rows}x{tile.columns}x{tile.chunk}",
                 moments_of_windows,
-                _types(signed),
+                _types(asked),
                 {**constants, "A_SOURCE": source, "D_SOURCE": source},
                 tile.warps,
                 tile.stages,
@@ -116,30 +133,34 @@ def _of_depthwise() -> Iterator[Variant]:
         for taps, tile in DEPTHWISE_TILES[kind].items():
             # Signed moments and maps are of a tile's weights, not its positions: where most fit, fewer do. Types differ
             # in their loads alone.
-            for signed, maps in _DETAILS if taps == 32 and name != "float32" else _PLAIN:
-                constants = without_product(constants_of(tile, kind, source, maps=maps, signed=signed))
+            for asked in _DETAILS if taps == 32 and name != "float32" else _PLAIN:
+                constants = without_product(constants_of(tile, kind, source, **asked.constants(source)))
                 yield Variant(
-                    f"gradient_moments depthwise {name}{_detail(signed, maps)} {tile.rows}x{tile.columns}x{tile.chunk}",
+                    f"gradient_moments depthwise {name}{asked} {tile.rows}x{tile.columns}x{tile.chunk}",
                     moments_of_depthwise,
-                    _types(signed),
+                    _types(asked),
                     {**constants, "A_SOURCE": source, "D_SOURCE": source},
                     tile.warps,
                     tile.stages,
                 )
 
 
-def _detail(signed: bool, maps: bool) -> str:
-    return ", signed" * signed + ", maps" * maps
-
-
-def _types(signed: bool) -> dict[str, str]:
-    return {**_POINTERS, "signed_partials": "*fp64:16"} if signed else _POINTERS
+def _types(asked: _Asked) -> dict[str, str]:
+    signed = {"signed_partials": "*fp64:16"} if asked.signed else {}
+    return {**_POINTERS, **signed, **({"weights": "*i64:16"} if asked.weight else {})}
 
 
 def constants_of(
-    tile: Tile, kind: str, source: tl.dtype, *, maps: bool, signed: bool, interpreted: bool = False
+    tile: Tile,
+    kind: str,
+    source: tl.dtype,
+    *,
+    maps: bool,
+    signed: bool,
+    weight: tl.dtype | None = None,
+    interpreted: bool = False,
 ) -> dict[str, object]:
-    """Returns the constants that both kernels over tiles take, for operands of `source`."""
+    """Returns the constants that the kernels over tiles take, for operands of `source` and a weight of `weight`."""
     # The interpreter multiplies the bits of bfloat16 numbers as integers; their products are exact in float32.
     half = tl.float32 if interpreted and source == tl.bfloat16 else source
     return {
@@ -151,6 +172,7 @@ def constants_of(
         "BT": tile.chunk,
         "MAPS": maps,
         "SIGNED": signed,
+        "WEIGHT": weight,
         "INTERPRETED": interpreted,
     }
 

@@ -59,6 +59,7 @@ def moments_of_windows(
     magnitudes,
     partials,
     signed_partials,
+    weights,
     problem_count,
     first_tile,
     end_tile,
@@ -72,6 +73,7 @@ def moments_of_windows(
     BT: tl.constexpr,
     MAPS: tl.constexpr,
     SIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Any weight: convolutions whose windows are gathered where they lie, any strides, several uses of one weight.
@@ -141,8 +143,18 @@ def moments_of_windows(
             if SIGNED:
                 signed_mean, signed_deviations = with_group(signed_mean, signed_deviations, g * scale, number_of_group)
                 signs += sign_of(g)
-        finish_tile(partials, tile, mean, deviations, row, magnitudes, o, i, MAPS, INTERPRETED)
+        finish_tile(partials, tile, mean, deviations, row, magnitudes, MAPS, INTERPRETED)
         if SIGNED:
             finish_signed_tile(
-                signed_partials, tile, signed_mean, signed_deviations, signs, row, magnitudes, o, i, MAPS, INTERPRETED
+                signed_partials,
+                weights,
+                tile,
+                signed_mean,
+                signed_deviations,
+                signs,
+                row,
+                magnitudes,
+                WEIGHT,
+                MAPS,
+                INTERPRETED,
             )

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _C, backends
+from .. import _C
 from ..errors import InputError
 from .arrays import refusals
-from .gradient_moments_checks import DTYPES, accepted_tensor, checked
-from .gradient_moments_cpu import empty_maps, moments_on_cpu
+from .gradient_moments_checks import DTYPES, accepted_tensor
+from .gradient_moments_cpu import empty_maps
 from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
 from .moments import DEAD, Convolution, GradientMoments, MomentMaps, SignedMoments, reduced
 
@@ -23,7 +23,6 @@ __all__ = [
     "MomentsAccumulator",
     "SignedMoments",
     "gradient_moments",
-    "takes_weight",
 ]
 
 
@@ -65,22 +64,13 @@ def gradient_moments(
         signed: also the moments of the signed gradients.
         maps: also every weight's own statistics, [O, I] or [O, C / groups, KH, KW].
         weight: w in that shape, float32, bfloat16 or float16: the signed moments, which it needs, have its saliencies
-            too. Only where `takes_weight`.
+            too.
 
     Raises:
         InputError: shapes that do not fit one another, G that does not divide S or is below 2, another dtype or device.
     """
-    a, d, count, shape = checked(inputs, output_grads, groups, convolution)
-    if weight is not None:
-        weight = _checked_weight(weight, shape, signed, a[0].device.type)
-    if backends.implementation("gradient_moments", a[0].device.type) == "cpp":
-        return moments_on_cpu(a, d, count, shape, convolution, signed=signed, maps=maps, weight=weight)
-    return gradient_moments_grouped([MomentProblem(a, d, count, convolution, signed=signed, maps=maps)])[0]
-
-
-def takes_weight(device: str) -> bool:
-    """Returns whether `gradient_moments` reduces gradients against a weight too, for tensors on `device` ("cpu")."""
-    return backends.implementation("gradient_moments", device) == "cpp"
+    problem = MomentProblem(inputs, output_grads, groups, convolution, signed=signed, maps=maps, weight=weight)
+    return gradient_moments_grouped([problem])[0]
 
 
 class MomentsAccumulator:
@@ -190,14 +180,3 @@ class MomentsAccumulator:
         finite = (sigma - sigma) + (state[0] - state[0])
         mean, sigma = state[0] + finite, sigma + finite
         return mean, sigma, ~(sigma <= DEAD * mean.abs())
-
-
-def _checked_weight(weight: Tensor, shape: tuple[int, ...], signed: bool, device: str) -> Tensor:
-    weight = accepted_tensor("weight", weight, DTYPES)
-    if tuple(weight.shape) != shape:
-        raise InputError(f"expected weight of shape {list(shape)}, got {list(weight.shape)}")
-    if not signed:
-        raise InputError("weight needs the signed moments; pass signed=True")
-    if not takes_weight(device) or weight.device.type != device:
-        raise InputError(f"weight is taken by C++ on the CPU alone, got operands on {device} and it on {weight.device}")
-    return weight

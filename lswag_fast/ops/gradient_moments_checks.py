@@ -53,6 +53,18 @@ def listed(name: str, given: Any) -> list[Tensor]:
     return [accepted_tensor(name, t, DTYPES) for t in tensors]
 
 
+def checked_weight(given: Any, shape: tuple[int, ...], signed: bool, device: torch.device) -> Tensor:
+    """Returns the weight of operands on `device`, whose signed moments are asked for, as a tensor of its `shape`."""
+    weight = accepted_tensor("weight", given, DTYPES)
+    if tuple(weight.shape) != shape:
+        raise InputError(f"expected weight of shape {list(shape)}, got {list(weight.shape)}")
+    if not signed:
+        raise InputError("weight needs the signed moments; pass signed=True")
+    if weight.device != device:
+        raise InputError(f"expected weight on {device} as inputs are, got {weight.device}")
+    return weight
+
+
 def accepted_tensor(name: str, given: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """Returns `given` as a tensor that is not empty; raises InputError where it has none of the dtypes."""
     tensor = as_tensor(given, name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import InputError
-from .gradient_moments_checks import checked, listed
+from .gradient_moments_checks import DTYPES, accepted_tensor, checked, checked_weight, listed
 from .gradient_moments_cpu import moments_on_cpu
 from .moments import Convolution, GradientMoments, reduced
 
@@ -39,6 +39,8 @@ class MomentProblem:
     maps: bool = False
     tf32: bool = False
     """Multiply float32 operands in TF32, which keeps 10 bits of them; the CPU has no such type and uses float32."""
+    weight: Tensor | None = None
+    """The weight itself, for the saliencies that signed moments then have."""
 
 
 class PendingMoments:
@@ -52,13 +54,13 @@ class PendingMoments:
 
     @property
     def sums(self) -> Tensor | None:
-        """What `finish` waits for, float64 [problems, 8 or (where any is signed) 14] on the device; None: nothing."""
+        """What `finish` waits for, float64 [problems, 8 or (where any is signed) 16] on the device; None: nothing."""
         return None if self._launched is None else self._launched.results
 
     def finish(self, sums: Tensor | None = None) -> list[GradientMoments]:
         """Waits for the device and returns the moments in the order of the problems.
 
-        One copy of 64 bytes a problem (112 where any is signed) brings all of them here; a caller that has copied
+        One copy of 64 bytes a problem (128 where any is signed) brings all of them here; a caller that has copied
         `sums` to the host already gives the copy, and nothing waits. A problem whose scale, found on a sample of its
         operands, was so wrong that sums overflowed or vanished is computed again from a look at all elements, with a
         wait of its own.
@@ -103,11 +105,12 @@ class _Problem:
         kind, signed = self.kind, self.kind.layout.form.signed
         sums = _all_or_nan(row[:5])
         if signed:
-            *signed_sums, signs = row[8:14]
-            sums += [*_all_or_nan(signed_sums), signs]
+            sums += [*_all_or_nan(row[8:13]), *row[13:]]
         maps = [] if self.weight.maps is None else [m.view(kind.shape) for m in self.weight.maps]
-        numel = math.prod(kind.shape)
-        return reduced(tuple(sums), int(row[5]), kind.group_size, numel, kind.groups, signed, maps)
+        numel, with_weight = math.prod(kind.shape), self.weight.values is not None
+        return reduced(
+            tuple(sums), int(row[5]), kind.group_size, numel, kind.groups, signed, maps, with_weight=with_weight
+        )
 
 
 class PreparedProblem:
@@ -124,7 +127,10 @@ class PreparedProblem:
         if found is None:
             found = _problem(self.problem, wgmma)
             given = (*_listed(self.problem.inputs), *_listed(self.problem.output_grads))
-            if found.weight.maps is None and all(any(t is g for g in given) for t in found.weight.operands):
+            views = all(any(t is g for g in given) for t in found.weight.operands)
+            weight, values = self.problem.weight, found.weight.values
+            views &= weight is None or values is None or values.data_ptr() == weight.data_ptr()
+            if found.weight.maps is None and views:
                 self._known[wgmma] = found
         return found
 
@@ -137,10 +143,10 @@ def launch_gradient_moments(problems: Sequence[MomentProblem | PreparedProblem])
     the CUDA C++ kernel (csrc/cuda/gradient_moments.cuh) for 16-bit operands of linear weights used once, whose widths,
     strides and addresses are multiples of 16 bytes, where neither signed moments nor maps are asked for, nor two or
     three groups in float16; its sums differ from Triton's in the last bits. Device memory beyond operands and maps is
-    about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so (88 where signed), and copies of operands whose
-    tokens span several dimensions that cannot be merged. A CUDA graph can capture it, once a launch of the same layouts
-    has been made outside one; `sums` then holds the results of its last replay. On the CPU everything is computed
-    before this returns.
+    about 0.6 KB a problem and 40 bytes a tile of 64 x 128 weights or so (104 where signed), copies of operands whose
+    tokens span several dimensions that cannot be merged, and of weights whose taps and channels cannot. A CUDA graph
+    can capture it, once a launch of the same layouts has been made outside one; `sums` then holds the results of its
+    last replay. On the CPU everything is computed before this returns.
 
     Raises:
         InputError: what `gradient_moments` refuses, tensors on several devices, samples that span 2^31 elements.
@@ -154,12 +160,11 @@ def launch_gradient_moments(problems: Sequence[MomentProblem | PreparedProblem])
         launchable = [p.launchable(wgmma) if isinstance(p, PreparedProblem) else _problem(p, wgmma) for p in problems]
         _check_one_device(device, [p.weight.operands[0] for p in launchable])
         return PendingMoments(launchable, [])
-    unprepared = [_unprepared(p) for p in problems]
-    taken = [checked(*_operands(p), p.groups, p.convolution) for p in unprepared]
-    _check_one_device(device, [a[0] for a, *_ in taken])
+    taken = [_taken(_unprepared(p)) for p in problems]
+    _check_one_device(device, [a[0] for _, (a, *_), _ in taken])
     done = [
-        moments_on_cpu(a, d, groups, shape, p.convolution, signed=p.signed, maps=p.maps)
-        for p, (a, d, groups, shape) in zip(unprepared, taken, strict=True)
+        moments_on_cpu(*operands, p.convolution, signed=p.signed, maps=p.maps, weight=weight)
+        for p, operands, weight in taken
     ]
     return PendingMoments([], done)
 
@@ -192,6 +197,10 @@ def _tensors(name: str, given: Any) -> list[Tensor]:
     return tensors if tensors and all(map(_is_plain, tensors)) else listed(name, given)
 
 
+def _tensor(name: str, given: Any) -> Tensor:
+    return given if _is_plain(given) else accepted_tensor(name, given, DTYPES)
+
+
 def _is_plain(given: Any) -> bool:
     """Tells whether memory holds the values of a tensor, and it holds no graph."""
     if not isinstance(given, Tensor) or given.layout is not torch.strided:
@@ -219,6 +228,18 @@ def _listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
+def _taken(
+    problem: MomentProblem,
+) -> tuple[MomentProblem, tuple[list[Tensor], list[Tensor], int, tuple[int, ...]], Tensor | None]:
+    """Returns a problem, its operands, groups and shape of the weight, and the weight, all of them checked."""
+    operands = checked(*_operands(problem), problem.groups, problem.convolution)
+    return problem, operands, _checked_weight(problem, operands[0][0], operands[3])
+
+
+def _checked_weight(problem: MomentProblem, operand: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    return None if problem.weight is None else checked_weight(problem.weight, shape, problem.signed, operand.device)
+
+
 def _operands(problem: MomentProblem) -> tuple[list[Tensor], list[Tensor]]:
     return _tensors("inputs", problem.inputs), _tensors("output_grads", problem.output_grads)
 
@@ -229,7 +250,10 @@ def _problem(problem: MomentProblem, wgmma: bool) -> _Problem:
 
     a, d = _operands(problem)
     layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % _ALIGNMENT, t.device) for t in (*a, *d)]
-    key = (len(a), *layouts, problem.groups, problem.convolution, problem.signed, problem.maps, problem.tf32, wgmma)
+    w = None if problem.weight is None else _tensor("weight", problem.weight)
+    of_weight = None if w is None else (w.dtype, w.shape, w.stride(), w.device)
+    asked = (problem.signed, problem.maps, problem.tf32, of_weight)
+    key = (len(a), *layouts, problem.groups, problem.convolution, *asked, wgmma)
     kind = _KINDS.get(key)
     if kind is None:
         if len(_KINDS) >= _MOST_KINDS:
@@ -242,7 +266,8 @@ def _problem(problem: MomentProblem, wgmma: bool) -> _Problem:
     if problem.maps:
         count = 5 if problem.signed else 2
         maps = torch.empty(count, math.prod(kind.shape), dtype=torch.float64, device=a[0].device)
-    return _Problem(kind, Placed(kind.layout, operands, maps))
+    values = None if w is None else _matrix(w)
+    return _Problem(kind, Placed(kind.layout, operands, maps, values))
 
 
 def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool) -> _Kind:
@@ -252,6 +277,7 @@ def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool)
 
     c = problem.convolution
     inputs, output_grads, groups, shape = checked(a, d, problem.groups, c)
+    values = _checked_weight(problem, inputs[0], shape)
     if c is None or _is_linear(c, inputs, output_grads):
         inputs, output_grads = ([_line(t, c) for t in tensors] for tensors in (inputs, output_grads))
         c = None
@@ -269,6 +295,7 @@ def _kind(problem: MomentProblem, a: list[Tensor], d: list[Tensor], wgmma: bool)
         tf32=problem.tf32,
         signed=problem.signed,
         maps=problem.maps,
+        value_type=None if values is None else values.dtype,
     )
     layout = layout_of(weight, architecture_of(a[0].device), wgmma=wgmma)
     return _Kind(layout, shape, groups, len(a[0]) // groups, copied)
@@ -279,6 +306,13 @@ def _is_linear(c: Convolution, a: list[Tensor], d: list[Tensor]) -> bool:
     planes = [t.shape[2:] for t in (*a, *d)]
     lines = all(t.stride(2) == t.shape[3] * t.stride(3) for t in (*a, *d))
     return pointwise and lines and len(set(planes)) == 1
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Returns [O, I * taps], a view where there is one in which places can be counted in 32 bits."""
+    matrix = weight.reshape(weight.shape[0], -1)
+    reach = sum((n - 1) * abs(step) for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    return matrix if reach < 2**31 else matrix.contiguous()
 
 
 def _line(tensor: Tensor, convolution: Convolution | None) -> Tensor:

@@ -143,6 +143,7 @@ class Complexity(Proxy):
     name: ClassVar[str] = "az_nas_complexity"
     source: ClassVar[str] = f"{_SOURCE}, section 3.1"
     gradient_based: ClassVar[bool] = False
+    from_pass: ClassVar[bool] = True
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""

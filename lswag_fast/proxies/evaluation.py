@@ -10,9 +10,8 @@ import torch
 
 from ..clock import Clock
 from ..errors import is_out_of_memory
-from ..ops.gradient_moments import takes_weight
 from .evidence import Evidence
-from .proxy import Need, Proxy, UnavailableError
+from .proxy import OF_PATTERNS, Need, Proxy, UnavailableError
 from .shared_work import label
 
 
@@ -32,7 +31,7 @@ def evaluate(proxies: Sequence[Proxy], evidence: Evidence, clock: Clock) -> Valu
     for proxy in proxies:
         evidence.shared.used.clear()
         try:
-            with clock(_own(proxy)):
+            with clock.on_host(_own(proxy)) if proxy.from_pass else clock(_own(proxy)):
                 found.values[proxy.name] = _value(proxy, evidence)
             found.shared[proxy.name] = set(evidence.shared.used)
             if details := proxy.details(evidence):
@@ -63,9 +62,9 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
     """Returns the seconds that each proxy took by name, as if it alone had been asked for.
 
     That is the part of L-SWAG's pass that it needs (forward alone for patterns), what was collected on the way for its
-    kind, the passes that it shares with other proxies, and its own work. Moments of signed gradients come with those of
-    |g|, so that a proxy that needs only the latter is shown with both where both were asked for; on the CPU, the
-    gradient of the whole batch comes with them.
+    kind, the passes that it shares with other proxies, and its own work. Moments of signed gradients, and the gradient
+    of the whole batch, come with those of |g|, so that a proxy that needs only the latter is shown with all that was
+    asked for.
     """
     spent: Mapping[str, float] = clock.seconds()
     forward = spent["trace"] + spent["forward"] + spent[Need.PATTERNS.name]
@@ -74,12 +73,12 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
         own = spent[_own(proxy)] + sum(spent[label(key)] for key in found.shared[proxy.name])
         if proxy.needs:
             own += forward
-        kinds = {need.name for need in proxy.needs} - {Need.PATTERNS.name}
-        if kinds:
-            with_moments = {Need.SIGNED.name} | ({Need.GRADIENT.name} if takes_weight(clock.device) else set())
-            if kinds & with_moments:
-                kinds.add(Need.MOMENTS.name)
-            own += spent["backward"] + sum(spent[kind] for kind in kinds)
+        kinds = proxy.needs - {Need.PATTERNS}
+        if kinds & {Need.SIGNED, Need.GRADIENT}:
+            kinds |= {Need.MOMENTS}
+        if kinds - OF_PATTERNS:
+            own += spent["backward"]
+        own += sum(spent[kind.name] for kind in kinds)
         took[proxy.name] = own
     return took
 

@@ -49,7 +49,9 @@ class Evidence:
     pattern_samples: int
     make_network: Callable[[SharedWork], Network]
     counted: int | None = None
-    """The distinct patterns of `words`, where the pass has counted those for Psi."""
+    """The distinct patterns of `words`, where the pass has counted those."""
+    agreed: Tensor | None = None
+    """The agreements of `words`, where the pass has counted them, on the host."""
     shared: SharedWork = field(default_factory=SharedWork)
 
     @property
@@ -69,5 +71,7 @@ class Evidence:
     @property
     def agreements(self) -> Tensor:
         """[pattern_samples, pattern_samples] int64: the positions at which each two samples agree in sign."""
+        if self.agreed is not None:
+            return self.agreed
         kernel: Tensor = self.shared.once("agreements", lambda: hamming_kernel(self.words, self.pattern_samples))
         return kernel

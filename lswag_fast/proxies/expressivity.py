@@ -19,6 +19,7 @@ class Expressivity(Proxy):
     name: ClassVar[str] = "psi"
     source: ClassVar[str] = "Casarin, Escalera, Lanz, CVPR 2025, equation 7"
     gradient_based: ClassVar[bool] = False
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS,))
     whole: ClassVar[bool] = False
 

@@ -30,6 +30,7 @@ class Fisher(Proxy):
         "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021, equation 2"
     )
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.OUTPUTS,))
 
     def value(self, evidence: Evidence) -> float:

@@ -20,6 +20,7 @@ class GradNorm(Proxy):
     name: ClassVar[str] = "grad_norm"
     source: ClassVar[str] = "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021, section 3.2"
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.GRADIENT,))
 
     def value(self, evidence: Evidence) -> float:

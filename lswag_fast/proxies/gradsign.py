@@ -20,6 +20,7 @@ class GradSign(Proxy):
     name: ClassVar[str] = "gradsign"
     source: ClassVar[str] = "Zhang, Jia, ICLR 2022, algorithm 1"
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.SIGNED,))
 
     def value(self, evidence: Evidence) -> float:

@@ -25,6 +25,7 @@ class Gsnr(Proxy):
         "Liu, Jiang, Bai, Chen, Wang, ICLR 2020, section 2.1, as a score: Sun, Sun, Yang, Lu, Mei, Zhao, Hu, ICCV 2023"
     )
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.SIGNED,))
 
     def value(self, evidence: Evidence) -> float:

@@ -16,6 +16,7 @@ class Lswag(Proxy):
     name: ClassVar[str] = "lswag"
     source: ClassVar[str] = "Casarin, Escalera, Lanz, CVPR 2025, equation 8"
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.MOMENTS, Need.PATTERNS))
     whole: ClassVar[bool] = False
 

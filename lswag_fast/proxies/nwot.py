@@ -23,7 +23,8 @@ class Nwot(Proxy):
     name: ClassVar[str] = "nwot"
     source: ClassVar[str] = "Mellor, Turner, Storkey, Crowley, ICML 2021, equation 2"
     gradient_based: ClassVar[bool] = False
-    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS,))
+    from_pass: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS, Need.AGREEMENTS))
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""

@@ -16,6 +16,7 @@ class Parameters(Proxy):
     name: ClassVar[str] = "params"
     source: ClassVar[str] = "a baseline of Ning et al., NeurIPS 2021, and Krishnakumar et al., NeurIPS 2022"
     gradient_based: ClassVar[bool] = False
+    from_pass: ClassVar[bool] = True
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""

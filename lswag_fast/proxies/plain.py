@@ -21,6 +21,7 @@ class Plain(Proxy):
     name: ClassVar[str] = "plain"
     source: ClassVar[str] = "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021 (the baseline of its code)"
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.GRADIENT,))
 
     def value(self, evidence: Evidence) -> float:

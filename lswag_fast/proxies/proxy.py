@@ -20,6 +20,12 @@ class Need(Enum):
     GRADIENT = auto()  # of the batch's mean loss, reduced against the weight itself
     OUTPUTS = auto()  # the output of every layer against the gradient there
     PATTERNS = auto()  # the signs of every activation, packed across samples
+    DISTINCT = auto()  # the number of distinct patterns among all of these
+    AGREEMENTS = auto()  # at how many positions each two samples agree in sign
+
+
+OF_PATTERNS = frozenset((Need.PATTERNS, Need.DISTINCT, Need.AGREEMENTS))
+"""What the forward pass alone gives."""
 
 
 class UnavailableError(Exception):
@@ -50,6 +56,10 @@ class Proxy(ABC):
     """Whether it looks at the whole network, whatever the window of the score."""
     lower_is_better: ClassVar[bool] = False
     """Whether the source ranks the lowest value first."""
+    from_pass: ClassVar[bool] = False
+    """Whether it reads nothing but numbers of the shared pass: neither `network` nor what `words` hold, and
+    `distinct_patterns` and `agreements` only where it `needs` them. On a device such a proxy costs no wait, and is
+    evaluated beside the pass of the next candidate."""
 
     @abstractmethod
     def value(self, evidence: Evidence) -> float:

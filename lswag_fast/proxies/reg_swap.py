@@ -32,7 +32,8 @@ class RegSwap(Proxy):
     name: ClassVar[str] = "reg_swap"
     source: ClassVar[str] = "Peng, Song, Fayek, Ciesielski, Chang, ICLR 2024"
     gradient_based: ClassVar[bool] = False
-    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS,))
+    from_pass: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS, Need.DISTINCT))
 
     def __post_init__(self) -> None:
         if not _is_finite(self.sigma) or self.sigma <= 0:

@@ -22,6 +22,7 @@ class Snip(Proxy):
         "Lee, Ajanthan, Torr, ICLR 2019, as a score: Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021, equation 1"
     )
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.GRADIENT,))
 
     def value(self, evidence: Evidence) -> float:

@@ -14,18 +14,19 @@ from ..capture import Activation, Layer, Plan
 from ..clock import Clock
 from ..errors import ScoreError
 from ..host_copies import HostCopies
-from ..ops.activation_patterns import activate_and_pack, count_patterns_device, pack_signs
+from ..ops.activation_patterns import activate_and_pack, count_patterns_device, hamming_kernel, pack_signs
 from ..ops.channel_saliency import channel_saliency
-from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator, gradient_moments, takes_weight
+from ..ops.gradient_moments import Convolution, GradientMoments, MomentsAccumulator
 from ..ops.gradient_moments_grouped import (
     MomentProblem,
     PendingMoments,
     PreparedProblem,
+    gradient_moments_grouped,
     launch_gradient_moments,
 )
 from ..options import ScoreOptions
 from .evidence import GradientSums, LayerEvidence
-from .proxy import Need
+from .proxy import OF_PATTERNS, Need
 from .result import LayerRow, PatternSaturation
 
 SATURATED = 0.95
@@ -82,9 +83,10 @@ class PassStatistics:
         needs = options.needs()
         self._signed, self._wants_gradient = Need.SIGNED in needs, Need.GRADIENT in needs
         self._wants_outputs = Need.OUTPUTS in needs
+        self._wants_distinct, self._wants_agreements = Need.DISTINCT in needs, Need.AGREEMENTS in needs
         whole = options.needs(whole=True)
-        self._all_patterns = Need.PATTERNS in whole
-        every_layer = bool(whole - {Need.PATTERNS})
+        self._all_patterns = bool(whole & OF_PATTERNS)
+        every_layer = bool(whole - OF_PATTERNS)
         plan.restrict(lambda i: every_layer or self._in_window(i + 1))
         self._moments: dict[str, GradientMoments] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
@@ -134,33 +136,32 @@ class PassStatistics:
         """Reduces the per-group gradients of one weight to their moments, or keeps its operands for `launch`."""
         if convolution is not None:
             operand = operand.reshape(*operand.shape[:2], *convolution.kernel_size)
-        by_moments = self._wants_gradient and takes_weight(inputs[0].device.type)
-        weight = operand if by_moments else None
         with self._clock(Need.MOMENTS.name):
-            if self._at_once or not self._grouped:
-                signed = self._signed or weight is not None
-                self._moments[layer.name] = gradient_moments(
-                    inputs, output_grads, self._groups, convolution=convolution, signed=signed, weight=weight
-                )
-            else:
-                self._problems[layer.name] = self.problem(inputs, output_grads, convolution)
+            problem = self.problem(inputs, output_grads, operand, convolution)
+            if self.waits_for_all:
+                self._problems[layer.name] = problem
                 operands = [*inputs, *output_grads]
                 self._versions[layer.name] = operands, _versions(operands)
-        if self._wants_gradient and not by_moments:
-            with self._clock(Need.GRADIENT.name):
-                total = _weight_gradient(inputs, output_grads, convolution, operand)
-                self._gradient_sums[layer.name] = _sums(total, operand, 1 / self._samples)
+            else:
+                (self._moments[layer.name],) = gradient_moments_grouped([problem])
 
     @property
     def waits_for_all(self) -> bool:
-        """Whether moments are launched at the end, those of all weights together, and nothing else is made of them."""
-        return self._grouped and not self._at_once and not self._wants_gradient
+        """Whether moments are launched at the end, those of all weights together."""
+        return self._grouped and not self._at_once
 
     def problem(
-        self, inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None = None
+        self, inputs: list[Tensor], output_grads: list[Tensor], weight: Tensor, convolution: Convolution | None = None
     ) -> MomentProblem:
         """Returns what the moments of a weight are launched by."""
-        return MomentProblem(inputs, output_grads, self._groups, convolution, signed=self._signed)
+        return MomentProblem(
+            inputs,
+            output_grads,
+            self._groups,
+            convolution,
+            signed=self._signed or self._wants_gradient,
+            weight=weight if self._wants_gradient else None,
+        )
 
     def keep(self, layer: Layer, problem: PreparedProblem) -> None:
         """Takes a `problem` whose operands keep their values until `launch`, where `waits_for_all`."""
@@ -206,6 +207,13 @@ class PassStatistics:
             words = [self._words[a.call] for a in self._counted_activations()]
             if words:
                 found["counts"] = count_patterns_device(words, self._pattern_samples)
+        every = list(self.words())
+        if self._wants_distinct and len(every) > len(words):
+            with self._clock(Need.DISTINCT.name):
+                found["distinct"] = count_patterns_device(every, self._pattern_samples)[:1]
+        if self._wants_agreements and every:
+            with self._clock(Need.AGREEMENTS.name):
+                found["agreements"] = hamming_kernel(every, self._pattern_samples)
         with self._clock(Need.MOMENTS.name):
             self._pending = launch_gradient_moments(list(self._problems.values()))
             if self._pending.sums is not None:
@@ -275,10 +283,15 @@ class PassStatistics:
         return (union, None) if self._options.pooling == "union" else (sum(counts), tuple(counts))
 
     def distinct_patterns(self) -> int | None:
-        """Returns the distinct patterns of `words`, after `launch`; None where Psi counts some of them only."""
-        counted = sum(a.call in self._words for a in self._plan.activations) == len(self._counted_activations())
+        """Returns the distinct patterns of `words`, after `launch`; None where Psi counts some and nobody needs all."""
         found = self._copies.wait()
-        return int(found["counts"][0]) if counted and "counts" in found else None
+        counted = len(self.words()) == len(self._counted_activations())
+        of_all = found.get("counts") if counted else found.get("distinct")
+        return None if of_all is None else int(of_all[0])
+
+    def agreements(self) -> Tensor | None:
+        """Returns at how many positions each two samples agree, int64 on the host, after `launch`; None: not needed."""
+        return self._copies.wait().get("agreements")
 
     def positions(self) -> tuple[int, ...]:
         """Returns the positions, for one sample, of each activation that Psi counts."""
@@ -350,25 +363,6 @@ class PassStatistics:
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Returns how often each tensor was written to in place; inference tensors do not say."""
     return [0 if t.is_inference() else t._version for t in tensors]
-
-
-def _weight_gradient(
-    inputs: list[Tensor], output_grads: list[Tensor], convolution: Convolution | None, operand: Tensor
-) -> Tensor:
-    """Returns the sum over samples and uses of the gradients of a weight, in the shape of its operand."""
-    if convolution is None:
-        products = [
-            d.reshape(-1, d.shape[-1]).t() @ a.reshape(-1, a.shape[-1])
-            for a, d in zip(inputs, output_grads, strict=True)
-        ]
-        return sum(products[1:], products[0])
-    c = convolution
-    settings = (c.stride, c.padding, c.dilation, False, (0, 0), c.groups, (False, True, False))
-    products = [
-        torch.ops.aten.convolution_backward(d, a, operand, None, *settings)[1]
-        for a, d in zip(inputs, output_grads, strict=True)
-    ]
-    return sum(products[1:], products[0])
 
 
 def _sums(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:

@@ -19,7 +19,8 @@ class Swap(Proxy):
     name: ClassVar[str] = "swap"
     source: ClassVar[str] = "Peng, Song, Fayek, Ciesielski, Chang, ICLR 2024"
     gradient_based: ClassVar[bool] = False
-    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS,))
+    from_pass: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS, Need.DISTINCT))
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""

@@ -16,6 +16,7 @@ class Trainability(Proxy):
     name: ClassVar[str] = "lambda"
     source: ClassVar[str] = "Casarin, Escalera, Lanz, CVPR 2025, equation 6"
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.MOMENTS,))
     whole: ClassVar[bool] = False
 

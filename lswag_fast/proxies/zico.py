@@ -21,6 +21,7 @@ class Zico(Proxy):
     name: ClassVar[str] = "zico"
     source: ClassVar[str] = "Li, Yang, Bhardwaj, Marculescu, ICLR 2023, section 3.3"
     gradient_based: ClassVar[bool] = True
+    from_pass: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset((Need.MOMENTS,))
 
     def value(self, evidence: Evidence) -> float:

@@ -82,8 +82,11 @@ def test_same_bits_in_any_order(supernet: spaces.AutoFormerSupernet, images: Ten
         assert_same(one, other)
 
 
+FROM_PASS = ("lswag", "zico", "swap", "nwot", "grad_norm", "snip", "plain", "gradsign", "gsnr")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"window": (30, 70)}])
+@pytest.mark.parametrize("options", [{}, {"window": (30, 70)}, {"window": (0, 50), "proxies": FROM_PASS}])
 def test_captured_launches_give_the_same_bits(
     supernet: spaces.AutoFormerSupernet, images: Tensor, dtype: str, options: dict[str, Any]
 ) -> None:
@@ -106,11 +109,28 @@ def test_captured_launches_give_the_same_bits(
     assert captured.pool.memories[0].captured_share > 0.25
 
 
+def test_proxies_made_of_the_pass_are_those_of_the_cpu(supernet: spaces.AutoFormerSupernet, images: Tensor) -> None:
+    on_device, on_cpu = (
+        engine(supernet, images, device, dtype="float32", proxies=FROM_PASS) for device in ("cuda", "cpu")
+    )
+    for arch in SPACE.sample(3, seed=6):
+        found, expected = on_device.score(arch), on_cpu.score(arch)
+        assert found.proxies.keys() == found.proxy_seconds.keys() == set(FROM_PASS)
+        assert min(found.proxy_seconds.values()) > 0
+        for name in FROM_PASS:
+            # A sign may differ where a number is zero to rounding; the terms of some cancel.
+            rel, scale = (2e-3, 0.0) if name in ("swap", "gradsign", "lswag") else (1e-4, 1e-4)
+            slack = scale * expected.proxies["snip"] if name == "plain" else 0.0
+            assert found.proxies[name] == pytest.approx(expected.proxies[name], rel=rel, abs=slack), name
+
+
+@pytest.mark.parametrize("proxies", [("lswag",), FROM_PASS], ids=["L-SWAG alone", "with others"])
 @pytest.mark.parametrize("scores_before", [1, 2, 3])
 def test_nothing_waits_for_the_device_before_the_end(
-    supernet: spaces.AutoFormerSupernet, images: Tensor, scores_before: int
+    supernet: spaces.AutoFormerSupernet, images: Tensor, scores_before: int, proxies: tuple[str, ...]
 ) -> None:
-    scored = engine(supernet, images, "cuda", dtype="bfloat16")
+    scored = engine(supernet, images, "cuda", dtype="bfloat16", proxies=proxies)
+    assert scored.in_flight == 2
     arch = next(SPACE.sample(1, seed=3))
     for _ in range(scores_before):
         scored.score(arch)
@@ -148,19 +168,23 @@ def test_any_module(network: type[torch.nn.Module]) -> None:
 
 @pytest.mark.parametrize("network", [networks.Tied, networks.SequenceFirst, networks.Windows])
 @pytest.mark.parametrize("given", ["labels on the device", "labels on the CPU", "no labels"])
-def test_any_module_is_launched_and_read_after_one_wait(given: str, network: type[torch.nn.Module]) -> None:
+@pytest.mark.parametrize("proxies", [("lswag",), (*FROM_PASS, "fisher")], ids=["L-SWAG alone", "with others"])
+def test_any_module_is_launched_and_read_after_one_wait(
+    given: str, network: type[torch.nn.Module], proxies: tuple[str, ...]
+) -> None:
     torch.manual_seed(0)
     model, batch = network().to("cuda"), torch.randn(8, *networks.IMAGE, device="cuda")
     given_on = {"labels on the device": "cuda", "labels on the CPU": "cpu"}.get(given)
     labels = torch.arange(8, device=given_on) % networks.CLASSES if given_on else None
-    expected = lswag_fast.score(model, batch, labels, dtype="float32")
+    expected = lswag_fast.score(model, batch, labels, dtype="float32", proxies=proxies)
     # This mode forbids every wait but that for an event, by which the results come.
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = lswag_fast.score(model, batch, labels, dtype="float32")
+        found = lswag_fast.score(model, batch, labels, dtype="float32", proxies=proxies)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.lswag == expected.lswag
+    assert found.proxies == expected.proxies
 
 
 @pytest.mark.parametrize("what", ["images", "labels"])

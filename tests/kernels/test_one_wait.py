@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -76,12 +77,29 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return made
 
 
-@pytest.mark.parametrize("proxies", [("lswag",), ("lswag", "zico", "snip", "gsnr", "grad_norm")])
+FROM_PASS = ("lambda", "psi", "zico", "swap", "reg_swap", "nwot", "grad_norm", "snip", "plain", "gradsign", "gsnr")
+FROM_PASS = (*FROM_PASS, "params", "flops", "az_nas_complexity")
+
+
+@pytest.mark.parametrize(
+    ("proxies", "window", "others"),
+    [
+        (("lswag",), (0, 100), set()),
+        (FROM_PASS, (0, 100), {"agreements"}),
+        (("lswag", "swap"), (0, 50), {"distinct"}),
+    ],
+    ids=["L-SWAG alone", "with others", "inside a window"],
+)
 def test_a_candidate_is_launched_without_a_wait_and_read_after_one(
-    proxies: tuple[str, ...], device: torch.device, brought: list[set[str]], monkeypatch: pytest.MonkeyPatch
+    proxies: tuple[str, ...],
+    window: tuple[int, int],
+    others: set[str],
+    device: torch.device,
+    brought: list[set[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     space = spaces.get("autoformer-tiny", image_size=32, num_classes=10)
-    options = ScoreOptions(device="cpu", dtype="float32", proxies=proxies).resolved(4)
+    options = ScoreOptions(device="cpu", dtype="float32", proxies=proxies, window=window).resolved(4)
     scored = AutoFormerEngine(space.supernet(seed=0), images(32), torch.arange(4), None, options)
     # The interpreter takes a minute for a candidate of the space; this one is outside it.
     monkeypatch.setattr(scored, "_space", SimpleNamespace(macs=lambda arch: 1, params=lambda arch: 1))
@@ -92,9 +110,11 @@ def test_a_candidate_is_launched_without_a_wait_and_read_after_one(
         result = pending.finish()
     assert not reads.places
     assert len(brought) == 1
-    assert brought[0] == {"losses", "counts", "moments", *(["gradients"] if "snip" in proxies else [])}
+    assert brought[0] == {"losses", "counts", "moments", *others}
     assert result.expressivity > 0
-    assert all(row.log_sum_inverse_sigma is not None for row in result.layers)
+    assert all(row.log_sum_inverse_sigma is not None for row in result.layers if row.in_window)
+    assert set(result.proxies) == set(proxies)
+    assert all(map(math.isfinite, result.proxies.values()))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,16 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], MomentProblem], bool]] = {
     "a slice": (lambda a, d: MomentProblem(a[..., :24], d[..., :8], 2), True),
     "tied": (lambda a, d: MomentProblem([a, a], [d, d], 4), True),
     "signed": (lambda a, d: MomentProblem(a, d, 4, signed=True), True),
+    "signed, with a weight": (
+        lambda a, d: MomentProblem(
+            a, d, 4, signed=True, weight=torch.linspace(-1, 1, 512, device=a.device).view(16, 32)
+        ),
+        True,
+    ),
+    "signed, with a weight that is copied": (
+        lambda a, d: MomentProblem(a, d, 4, signed=True, weight=torch._neg_view(torch.ones(16, 32, device=a.device))),
+        False,
+    ),
     "maps": (lambda a, d: MomentProblem(a, d, 4, maps=True), False),
     "tokens that only a copy merges": (
         lambda a, d: MomentProblem(a.unflatten(1, (2, 3)).transpose(1, 2), d.unflatten(1, (3, 2)), 4),

@@ -94,7 +94,16 @@ def archs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("options", [{}, {"window": (30, 60)}, {"window": (0, 40), "pattern_samples": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": (30, 60)},
+        {"window": (0, 40), "pattern_samples": 2},
+        {"window": (0, 40), "proxies": ("lswag", "zico", "swap", "nwot", "snip", "gsnr")},
+        {"proxies": ("swap", "nwot", "epe_nas", "l2_norm")},
+    ],
+)
 def test_each_candidate_has_the_score_it_has_alone(
     supernet: spaces.AutoFormerSupernet, options: dict[str, Any]
 ) -> None:

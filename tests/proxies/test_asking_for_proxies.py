@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass
-from typing import ClassVar
+import time
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NoReturn
 
 import networks
 import pytest
@@ -14,7 +15,7 @@ import torch
 from shared_networks import SHARED, batch, build
 
 import lswag_fast
-from lswag_fast import clock, proxies, spaces
+from lswag_fast import clock, proxies, scoring, spaces
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.errors import InputError
 from lswag_fast.options import ScoreOptions
@@ -153,6 +154,49 @@ def test_every_registered_proxy_says_what_it_is() -> None:
         assert re.search(r"\b20[012]\d\b", kind.source), name
         assert kind.__doc__
         assert isinstance(kind.gradient_based, bool)
+
+
+FROM_PASS = ("lswag", *SHARED, "az_nas_complexity")
+
+
+def test_those_made_of_the_pass_are_known() -> None:
+    assert {name for name in proxies.names() if proxies.get(name).from_pass} == set(FROM_PASS) - {"l2_norm"}
+
+
+@pytest.mark.parametrize("window", [(0, 100), (0, 50)])
+def test_those_made_of_the_pass_read_nothing_else(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    chosen = [name for name in proxies.names() if proxies.get(name).from_pass]
+    whole, expected = (
+        lswag_fast.score(model, images, labels, dtype="float32", window=of, proxies=chosen) for of in ((0, 100), window)
+    )
+    given = scoring.Scored._evidence
+
+    def without_a_network(shared: object) -> NoReturn:
+        raise AssertionError("the network was asked for")
+
+    def numbers_alone(self: scoring.Scored, *values: Any) -> Evidence:
+        evidence = given(self, *values)
+        nothing = tuple(torch.empty_like(w, device="meta") for w in evidence.words)
+        return replace(evidence, words=nothing, make_network=without_a_network)
+
+    monkeypatch.setattr(scoring.Scored, "_evidence", numbers_alone)
+    found = lswag_fast.score(model, images, labels, dtype="float32", window=window, proxies=chosen)
+    assert found.proxies == expected.proxies
+    assert found.proxies["swap"] == whole.proxies["swap"]
+    assert (found.proxies["psi"] < found.proxies["swap"]) == (window != (0, 100))
+    assert all(map(math.isfinite, found.proxies.values()))
+    assert not any("failed" in text for text in found.warnings)
+
+
+def test_the_host_has_a_clock_of_its_own_beside_a_device() -> None:
+    beside = clock.Clock("cuda")
+    for _ in range(2):
+        with beside.on_host("counting"):
+            time.sleep(0.01)
+    assert beside.seconds()["counting"] >= 0.02
+    with clock.Clock("cuda", running=False).on_host("nothing"):
+        pass
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import lswag_fast
 from lswag_fast import reference, spaces
 from lswag_fast import reference_saliency as definitions
 from lswag_fast.errors import InputError
-from lswag_fast.proxies import statistics
 from lswag_fast.proxies.reg_swap import RegSwap
 
 OF_GROUPS = {name: getattr(definitions, name) for name in ("zico", "gsnr", "grad_norm", "plain", "snip")}
@@ -79,23 +78,6 @@ def as_defined(model: nn.Module, images: Tensor, labels: Tensor, groups: int) ->
     assert result.proxies["params"] == round(1000 * thousands)
     assert not any("has no value" in text or "failed" in text for text in result.warnings)
     return result
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_gradients_by_moments_are_those_by_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moments take the weight on the CPU alone; a device multiplies for the gradient of the batch."""
-    model, (images, labels) = build(name), batch(classes=proxy_networks.CLASSES)
-    chosen = ("grad_norm", "snip", "plain")
-    by_moments = lswag_fast.score(model, images, labels, dtype="float32", proxies=chosen).proxies
-    products: list[int] = []
-    product = statistics._weight_gradient
-    monkeypatch.setattr(statistics, "takes_weight", lambda _: False)
-    monkeypatch.setattr(statistics, "_weight_gradient", lambda *args: products.append(1) or product(*args))
-    by_products = lswag_fast.score(model, images, labels, dtype="float32", proxies=chosen).proxies
-    # Where samples are coupled no gradient is that of the batch.
-    assert bool(products) != reference.samples_are_coupled(model)
-    for proxy in chosen:
-        assert by_moments[proxy] == pytest.approx(by_products[proxy], abs=1e-6 * abs(by_products["snip"])), proxy
 
 
 @pytest.mark.parametrize("name", ONLY_MODULES)
