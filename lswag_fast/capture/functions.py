@@ -26,7 +26,7 @@ class Kind(Enum):
     BATCH_NORM = auto()
     ATTENTION = auto()  # no weights of its own; counted in multiply-adds
     COMPOSITE = auto()  # a Python function whose body is run under capture
-    LAYER_NORM = auto()  # looked at on the meta device only, where torch computes its shape slowly
+    LAYER_NORM = auto()  # looked at on the meta device only, where torch takes long for its shape
 
 
 _ACTIVATIONS: dict[str, list[Callable[..., Any]]] = {
@@ -171,8 +171,17 @@ def activation_kind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def batch_norm_uses_batch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Returns whether a batch_norm call normalises by the statistics of its batch."""
+    return bool(batch_norm_arguments(func, args, kwargs)[-1])
+
+
+def batch_norm_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns input, weight, bias, running mean and variance, and whether it trains, of a batch_norm call."""
+    if func is torch.batch_norm:
+        names = ("input", "weight", "bias", "running_mean", "running_var", "training")
+        return _bind(names, (None, None, None, None, None, False), args, kwargs)
     names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    return bool(_bind(names, (None, None, None, None, None, False), args, kwargs)[-1])
+    x, mean, variance, weight, bias, training = _bind(names, (None, None, None, None, None, False), args, kwargs)
+    return [x, weight, bias, mean, variance, training]
 
 
 def multiply_adds(kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

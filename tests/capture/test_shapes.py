@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lswag_fast.capture.functions import Kind
 from lswag_fast.capture.shapes import compute
 
 
 def meta(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, device="meta", dtype=dtype, requires_grad=grad)
+    return torch.empty(shape, device="meta", dtype=dtype, requires_grad=grad)
 
 
 X, Y = (2, 5, 6), (2, 6, 5)
@@ -100,3 +101,86 @@ def test_a_factor_of_a_sum_is_left_to_torch() -> None:
     found = compute(None, torch.add, (meta(*X), meta(*X)), {"alpha": 2})
     assert found.grad_fn is not None
     assert found.grad_fn.name() == "AddBackward0"
+
+
+SCALED: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "contiguous": lambda: (meta(*X), 0.5),
+    "by a whole number": lambda: (meta(*X), 2),
+    "transposed": lambda: (meta(*Y).transpose(1, 2), 2.0),
+    "a slice": lambda: (meta(2, 5, 9)[..., :6], 2.0),
+    "expanded": lambda: (meta(2, 1, 6).expand(2, 5, 6), 2.0),
+    "no axis": lambda: (meta(), 2.0),
+    "of 16 bits": lambda: (meta(*X, dtype=torch.bfloat16), 2.0),
+    "whole numbers": lambda: (meta(*X, grad=False, dtype=torch.int64), 2.0),
+    "by a complex number": lambda: (meta(*X), 2j),
+    "by a truth value": lambda: (meta(*X), True),
+    "by a tensor": lambda: (meta(*X), meta()),
+    "without a graph": lambda: (meta(*X, grad=False), 2.0),
+}
+SCALES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__)
+SCALES = (*SCALES, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
+
+@pytest.mark.parametrize("function", SCALES)
+@pytest.mark.parametrize("operands", SCALED)
+def test_products_and_sums_with_a_number(operands: str, function: Any) -> None:
+    given = SCALED[operands]()
+    found, expected = compute(None, function, given, {}), function(*given)
+    assert_as_torch(found, expected, given)
+    assert found.stride() == expected.stride()
+    with torch.no_grad():
+        assert compute(None, function, given, {}).stride() == expected.stride()
+
+
+def statistics(channels: int = 3) -> tuple[Tensor, Tensor]:
+    return meta(channels, grad=False), meta(channels, grad=False)
+
+
+NORMALISED: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "training": lambda: (meta(2, 3, 4, 5), *statistics(), meta(3), meta(3), True),
+    "evaluation": lambda: (meta(2, 3, 4, 5), *statistics(), meta(3), meta(3), False),
+    "without statistics": lambda: (meta(2, 3, 4, 5), None, None, meta(3), meta(3), True),
+    "without weights": lambda: (meta(2, 3, 4, 5), *statistics(), None, None, True),
+    "without a graph": lambda: (meta(2, 3, 4, 5, grad=False), *statistics(), None, None, True),
+    "a graph of the weight alone": lambda: (meta(2, 3, 4, 5, grad=False), *statistics(), meta(3), None, True),
+    "channels alone": lambda: (meta(4, 3), *statistics(), meta(3), meta(3), True),
+    "a line": lambda: (meta(4, 3, 7), *statistics(), meta(3), meta(3), True),
+    "channels last": lambda: (meta(2, 4, 5, 3).permute(0, 3, 1, 2), *statistics(), meta(3), meta(3), True),
+    "of 16 bits, weights of 32": lambda: (
+        meta(2, 3, 4, 5, dtype=torch.bfloat16),
+        *statistics(),
+        meta(3),
+        meta(3),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [F.batch_norm, torch.batch_norm])
+@pytest.mark.parametrize("operands", NORMALISED)
+def test_batch_normalisation(operands: str, function: Any) -> None:
+    given = NORMALISED[operands]()
+    if function is torch.batch_norm:
+        x, mean, variance, weight, bias, training = given
+        given = (x, weight, bias, mean, variance, training, 0.1, 1e-5, False)
+    found = compute(Kind.BATCH_NORM, function, given, {})
+    expected = function(*given)
+    assert_as_torch(found, expected, given)
+    assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (meta(1, 3, 1, 1), *statistics(), meta(3), meta(3), True),
+        (meta(2, 3, 4, 5), *statistics(), meta(4), meta(3), True),
+        (meta(2, 3, 4, 5), *statistics(4), meta(3), meta(3), True),
+        (meta(2, 3, 4, 5), None, None, meta(3), meta(3), False),
+    ],
+    ids=["one value a channel", "a weight of four channels", "statistics of four channels", "no statistics"],
+)
+def test_batch_normalisation_that_torch_refuses_is_refused(given: tuple[Any, ...]) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        F.batch_norm(*given)
+    with pytest.raises((RuntimeError, ValueError)):
+        compute(Kind.BATCH_NORM, F.batch_norm, given, {})
