@@ -31,7 +31,7 @@ from .proxies.network import Network
 from .proxies.proxy import Proxy
 from .proxies.result import Counts, LayerRow, LswagResult, PatternSaturation
 from .proxies.shared_work import SharedWork
-from .proxies.statistics import OperandsChangedError, PassStatistics
+from .proxies.statistics import OperandsChangedError, PassStatistics, norm_of
 from .value_checks import LateChecks, ValueCheck
 
 Loss = Callable[[Any, Any], Tensor]
@@ -158,7 +158,13 @@ class _Subject:
         """Runs the pass; `at_once` keeps no operand of one weight until those of the others are there."""
         plan, options, clock = self.plan.copy(), self.options, self.clock  # a pass leaves out what nobody looks at
         statistics = PassStatistics(
-            plan, options, len(self.images), clock, parameters=self.sandbox.parameters, at_once=at_once
+            plan,
+            options,
+            len(self.images),
+            clock,
+            parameters=self.sandbox.parameters,
+            norms=lambda: [norm_of(self.sandbox.parameters[layer.name]) for layer in plan.layers],
+            at_once=at_once,
         )
         assert options.groups is not None
         losses = run_capture(plan, self.sandbox, self.images, self.labels, self.loss, options.groups, statistics, clock)

@@ -104,7 +104,14 @@ class AutoFormerEngine:
         start = time.perf_counter()
         clock = clock_of(self._options)
         plan = self._plan(arch)
-        statistics = PassStatistics(plan, self._options, len(self._patches), clock, at_once=at_once)
+        statistics = PassStatistics(
+            plan,
+            self._options,
+            len(self._patches),
+            clock,
+            norms=lambda: self._weights.norms(arch),
+            at_once=at_once,
+        )
         # A loss that somebody gives may draw numbers.
         states = nullcontext() if self._default_loss else random_states()
         with _current(self._device), states, torch_settings(), warnings.catch_warnings(record=True) as caught:

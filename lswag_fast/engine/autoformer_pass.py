@@ -20,6 +20,7 @@ from ..ops.gelu import activation_backward
 from ..ops.gradient_moments_grouped import PreparedProblem
 from ..ops.layer_norm import NormalisedSum
 from ..ops.relative_attention import RelativeAttention
+from ..proxies.statistics import norm_of
 from ..spaces.autoformer_module import HEAD_DIM, mlp_width
 from .static_memory import Emit, Memory
 
@@ -88,6 +89,21 @@ class Weights:
         self._query_weights: dict[tuple[str, int, int], Tensor] = {}
         self._ends: dict[int, EndWeights] = {}
         self._blocks: dict[tuple[int, int, int, float], BlockWeights] = {}
+        self._norms: dict[int, Tensor] = {}  # by the identity of slices, which all stay
+
+    def norms(self, arch: Mapping[str, Any]) -> list[Tensor]:
+        """Returns the norm of the weight of every layer of a candidate, each computed once for its slice."""
+        ends = self.ends(arch["embed_dim"])
+        layers = [ends.patches]
+        for number, (heads, ratio) in enumerate(zip(arch["num_heads"], arch["mlp_ratio"], strict=True)):
+            block = self.block(number, arch["embed_dim"], heads, ratio)
+            layers += [block.queries, block.projection, block.widen, block.narrow]
+        return [self._norm(weight) for weight, _ in (*layers, ends.head)]
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        if id(weight) not in self._norms:
+            self._norms[id(weight)] = norm_of(weight)
+        return self._norms[id(weight)]
 
     def ends(self, embed: int) -> EndWeights:
         """Returns the slices before and after the blocks, made once for an embedding."""

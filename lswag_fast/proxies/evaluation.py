@@ -11,7 +11,7 @@ import torch
 from ..clock import Clock
 from ..errors import is_out_of_memory
 from .evidence import Evidence
-from .proxy import OF_PATTERNS, Need, Proxy, UnavailableError
+from .proxy import OF_GRADIENTS, OF_PATTERNS, Need, Proxy, UnavailableError
 from .shared_work import label
 
 
@@ -71,12 +71,12 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
     took = {}
     for proxy in proxies:
         own = spent[_own(proxy)] + sum(spent[label(key)] for key in found.shared[proxy.name])
-        if proxy.needs:
+        if proxy.needs & (OF_PATTERNS | OF_GRADIENTS):
             own += forward
         kinds = proxy.needs - {Need.PATTERNS}
         if kinds & {Need.SIGNED, Need.GRADIENT}:
             kinds |= {Need.MOMENTS}
-        if kinds - OF_PATTERNS:
+        if kinds & OF_GRADIENTS:
             own += spent["backward"]
         own += sum(spent[kind.name] for kind in kinds)
         took[proxy.name] = own

@@ -33,6 +33,8 @@ class LayerEvidence:
     channel_saliency: float | None
     """0.5 * sum over output channels c of mean over samples n of (sum over positions of y * d)^2, where y is the
     output of the layer and d the gradient of the batch's mean loss there."""
+    norm: float | None = None
+    """The Euclidean norm of the weight."""
 
 
 @dataclass

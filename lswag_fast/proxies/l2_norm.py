@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from .evidence import Evidence
-from .proxy import Proxy
+from .proxy import Need, Proxy
 
 
 @dataclass(frozen=True)
@@ -19,9 +17,9 @@ class L2Norm(Proxy):
     name: ClassVar[str] = "l2_norm"
     source: ClassVar[str] = "Abdelfattah, Mehrotra, Dudziak, Lane, ICLR 2021 (the baseline of its code)"
     gradient_based: ClassVar[bool] = False
+    from_pass: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset((Need.NORMS,))
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""
-        parameters = evidence.network.parameters()
-        norms = [torch.linalg.vector_norm(parameters[layer.name].float()).double() for layer in evidence.layers]
-        return math.fsum(torch.stack(norms).tolist())
+        return math.fsum(layer.norm for layer in evidence.layers if layer.norm is not None)

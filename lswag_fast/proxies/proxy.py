@@ -22,10 +22,13 @@ class Need(Enum):
     PATTERNS = auto()  # the signs of every activation, packed across samples
     DISTINCT = auto()  # the number of distinct patterns among all of these
     AGREEMENTS = auto()  # at how many positions each two samples agree in sign
+    NORMS = auto()  # the Euclidean norm of every weight
 
 
 OF_PATTERNS = frozenset((Need.PATTERNS, Need.DISTINCT, Need.AGREEMENTS))
 """What the forward pass alone gives."""
+OF_GRADIENTS = frozenset((Need.MOMENTS, Need.SIGNED, Need.GRADIENT, Need.OUTPUTS))
+"""What the backward pass gives."""
 
 
 class UnavailableError(Exception):

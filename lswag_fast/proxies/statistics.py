@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -26,7 +26,7 @@ from ..ops.gradient_moments_grouped import (
 )
 from ..options import ScoreOptions
 from .evidence import GradientSums, LayerEvidence
-from .proxy import OF_PATTERNS, Need
+from .proxy import OF_GRADIENTS, OF_PATTERNS, Need
 from .result import LayerRow, PatternSaturation
 
 SATURATED = 0.95
@@ -58,6 +58,7 @@ class PassStatistics:
         options: resolved.
         samples: S.
         parameters: the network's, by name, against which gradients are reduced; needed for Need.GRADIENT alone.
+        norms: returns `norm_of` the weight of each layer of the plan; needed for Need.NORMS alone.
         clock: gets a label a kind of reduction.
     """
 
@@ -69,6 +70,7 @@ class PassStatistics:
         clock: Clock,
         *,
         parameters: Mapping[str, Tensor] | None = None,
+        norms: Callable[[], list[Tensor]] | None = None,
         at_once: bool = False,
     ) -> None:
         assert options.groups is not None
@@ -78,6 +80,7 @@ class PassStatistics:
         self._samples = samples
         self._clock = clock
         self._parameters = parameters or {}
+        self._norms = norms if Need.NORMS in options.needs() else None
         self._groups: int = options.groups
         self._pattern_samples: int = options.pattern_samples
         needs = options.needs()
@@ -86,7 +89,7 @@ class PassStatistics:
         self._wants_distinct, self._wants_agreements = Need.DISTINCT in needs, Need.AGREEMENTS in needs
         whole = options.needs(whole=True)
         self._all_patterns = bool(whole & OF_PATTERNS)
-        every_layer = bool(whole - OF_PATTERNS)
+        every_layer = bool(whole & OF_GRADIENTS)
         plan.restrict(lambda i: every_layer or self._in_window(i + 1))
         self._moments: dict[str, GradientMoments] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
@@ -221,6 +224,9 @@ class PassStatistics:
             accumulated = [s for a in self._accumulators.values() if (s := a.sums()) is not None]
             if accumulated:
                 found["accumulated"] = torch.stack(accumulated)
+        if self._norms is not None:
+            with self._clock(Need.NORMS.name):
+                found["norms"] = torch.stack(self._norms())
         for name, gradient in self._gradients.items():
             with self._clock(Need.GRADIENT.name):
                 self._gradient_sums[name] = _sums(gradient, self._parameters[name], 1 / self._groups)
@@ -258,6 +264,7 @@ class PassStatistics:
         )
         # The gradient at an output is that of the sum of losses where all samples run together.
         scale = 1.0 if self._plan.coupled else 1 / self._samples**2
+        norms = found["norms"].tolist() if "norms" in found else [None] * len(self._plan.layers)
         return tuple(
             LayerEvidence(
                 layer.name,
@@ -265,8 +272,9 @@ class PassStatistics:
                 self._moments.get(layer.name),
                 self._sums_of(layer.name, gradients),
                 0.5 * channels[layer.name] * scale / self._samples if layer.name in channels else None,
+                norm,
             )
-            for layer in self._plan.layers
+            for layer, norm in zip(self._plan.layers, norms, strict=True)
         )
 
     def words(self) -> tuple[Tensor, ...]:
@@ -358,6 +366,12 @@ class PassStatistics:
             moments.mean_abs_gradient * share,
             layer.slow_reason,
         )
+
+
+def norm_of(weight: Tensor) -> Tensor:
+    """Returns the Euclidean norm of a weight, float64 on its device."""
+    norm: Tensor = torch.linalg.vector_norm(weight.float()).double()
+    return norm
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

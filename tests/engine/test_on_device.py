@@ -82,7 +82,7 @@ def test_same_bits_in_any_order(supernet: spaces.AutoFormerSupernet, images: Ten
         assert_same(one, other)
 
 
-FROM_PASS = ("lswag", "zico", "swap", "nwot", "grad_norm", "snip", "plain", "gradsign", "gsnr")
+FROM_PASS = ("lswag", "zico", "swap", "nwot", "grad_norm", "snip", "plain", "gradsign", "gsnr", "l2_norm")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -78,14 +78,14 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
 
 
 FROM_PASS = ("lambda", "psi", "zico", "swap", "reg_swap", "nwot", "grad_norm", "snip", "plain", "gradsign", "gsnr")
-FROM_PASS = (*FROM_PASS, "params", "flops", "az_nas_complexity")
+FROM_PASS = (*FROM_PASS, "l2_norm", "params", "flops", "az_nas_complexity")
 
 
 @pytest.mark.parametrize(
     ("proxies", "window", "others"),
     [
         (("lswag",), (0, 100), set()),
-        (FROM_PASS, (0, 100), {"agreements"}),
+        (FROM_PASS, (0, 100), {"agreements", "norms"}),
         (("lswag", "swap"), (0, 50), {"distinct"}),
     ],
     ids=["L-SWAG alone", "with others", "inside a window"],
