@@ -84,9 +84,11 @@ def _is_plain_batch_norm(
 
 def _empty(shape: tuple[int, ...] | None, like: Tensor | None) -> Tensor:
     assert like is not None
-    if shape is None and not like.is_contiguous():
-        return torch.empty_like(like)
-    return like.new_empty(like.shape if shape is None else shape)
+    if shape is not None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if like.is_contiguous():
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return torch.empty_like(like)  # also made by a function in Python, and so takes long
 
 
 def _shape(shape: tuple[int, ...] | None, *sources: Tensor | None) -> Tensor:
