@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gradients import convolution_gradients
-from moments_on_device import TOKENS, assert_holds, device, fresh, linear, poison
+from moments_on_device import TOKENS, assert_holds, device, fresh, in_wider, linear, poison
 from torch import Tensor
 
 from lswag_fast import reference
@@ -43,8 +43,8 @@ def test_few_groups_hold_weight_by_weight(groups: int) -> None:
     assert moments.dead == int(expected.dead.sum())
 
 
-def assert_signed_holds(moments: GradientMoments, gradients: Tensor) -> None:
-    """Holds signed moments to those of group gradients [G, O, I] in float64."""
+def assert_signed_holds(moments: GradientMoments, gradients: Tensor, weight: Tensor | None = None) -> None:
+    """Holds signed moments, and the saliencies of a weight, to those of group gradients [G, O, I] in float64."""
     mean, sigma = gradients.mean(0), gradients.std(0, correction=0)
     signed, maps = moments.signed, moments.maps
     assert signed is not None
@@ -55,6 +55,12 @@ def assert_signed_holds(moments: GradientMoments, gradients: Tensor) -> None:
     assert signed.mean_sigma == pytest.approx(sigma.mean().item(), rel=1e-5)
     agreement = gradients.sign().sum(0).abs().mean().item() / len(gradients)
     assert signed.sign_agreement == pytest.approx(agreement, rel=1e-3)
+    assert (signed.saliency is None) == (weight is None)
+    if weight is not None:
+        products = mean * weight.cpu().double().view(mean.shape)
+        scale = products.abs().sum().item()
+        assert signed.saliency == pytest.approx(products.sum().item(), abs=1e-5 * scale)
+        assert signed.absolute_saliency == pytest.approx(scale, rel=1e-5)
     if maps is not None:
         slack = 1e-5 * gradients.abs().max()
         for got, wanted in ((maps.signed_mean, mean), (maps.signed_sigma, sigma)):
@@ -62,26 +68,32 @@ def assert_signed_holds(moments: GradientMoments, gradients: Tensor) -> None:
             assert torch.all((got.cpu() - wanted).abs() <= slack)
 
 
-@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("asked", ["", "weight", "weight and maps"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_signed_moments_hold_to_float64(dtype: torch.dtype, maps: bool) -> None:
-    operands = [linear(out, width, 16, dtype, signed=True, maps=maps) for out, width in LAYERS]
+def test_signed_moments_hold_to_float64(dtype: torch.dtype, asked: str) -> None:
+    weights = [in_wider(fresh(out, width, dtype=dtype).to(device())) if asked else None for out, width in LAYERS]
+    operands = [
+        linear(out, width, 16, dtype, signed=True, maps="maps" in asked, weight=weight)
+        for (out, width), weight in zip(LAYERS, weights, strict=True)
+    ]
     poison()
-    for (a, d, _), moments in zip(operands, gradient_moments_grouped([p for *_, p in operands]), strict=True):
+    found = gradient_moments_grouped([p for *_, p in operands])
+    for (a, d, _), weight, moments in zip(operands, weights, found, strict=True):
         assert_holds(moments, reference.gradient_moments(a, d, 16), 1e-5)
-        assert_signed_holds(moments, d.double().transpose(1, 2) @ a.double())
+        assert_signed_holds(moments, d.double().transpose(1, 2) @ a.double(), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_patch_embedding_holds_to_float64(dtype: torch.dtype) -> None:
     a, d = fresh(8, 3, 224, 224, dtype=dtype), fresh(8, 240, 14, 14, dtype=dtype)
     convolution = Convolution((16, 16), (16, 16))
-    problem = MomentProblem(a.to(device()), d.to(device()), convolution=convolution, signed=True)
+    weight = fresh(240, 3, 16, 16, dtype=dtype).to(device())
+    problem = MomentProblem(a.to(device()), d.to(device()), convolution=convolution, signed=True, weight=weight)
     patches = a.unflatten(2, (14, 16)).unflatten(4, (14, 16)).permute(0, 2, 4, 1, 3, 5).reshape(8, 196, 768)
     expected = reference.gradient_moments(patches, d.flatten(2).transpose(1, 2), 8)
     moments = gradient_moments_grouped([problem])[0]
     assert_holds(moments, expected, 1e-5)
-    assert_signed_holds(moments, d.double().flatten(2) @ patches.double())
+    assert_signed_holds(moments, d.double().flatten(2) @ patches.double(), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -96,10 +108,11 @@ def test_depthwise_convolutions_hold_to_float64(
     gradients = convolution_gradients(a, d, convolution, 4).groups
     given = [t.to(device(), memory_format=torch.channels_last) if channels_last else t.to(device()) for t in (a, d)]
     poison()
-    problem = MomentProblem(given[0], given[1], 4, convolution, signed=True, maps=True)
+    weight = fresh(100, 1, kernel, kernel, dtype=dtype).to(device())
+    problem = MomentProblem(given[0], given[1], 4, convolution, signed=True, maps=True, weight=weight)
     moments = gradient_moments_grouped([problem])[0]
     assert_holds(moments, reference.moments_of(gradients), 1e-5)
-    assert_signed_holds(moments, torch.stack(gradients))
+    assert_signed_holds(moments, torch.stack(gradients), weight)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e10])

@@ -36,10 +36,15 @@ def linear(
     out: int, width: int, samples: int, dtype: torch.dtype, **options: object
 ) -> tuple[Tensor, Tensor, MomentProblem]:
     a, d = fresh(samples, TOKENS, width, dtype=dtype), fresh(samples, TOKENS, out, dtype=dtype, magnitude=1e-4)
-    # As the engine has it: columns of a wider supernet.
-    wide = torch.full((samples, TOKENS, width + 64), math.nan, dtype=dtype, device=device())
-    wide[..., :width] = a.to(device())
-    return a, d, MomentProblem(wide[..., :width], d.to(device()), **options)  # type: ignore[arg-type]
+    return a, d, MomentProblem(in_wider(a.to(device())), d.to(device()), **options)  # type: ignore[arg-type]
+
+
+def in_wider(values: Tensor) -> Tensor:
+    """Returns a copy as the engine has it: the first columns of a wider tensor, all others of which are NaN."""
+    width = values.shape[-1]
+    wide = torch.full((*values.shape[:-1], width + 64), math.nan, dtype=values.dtype, device=values.device)
+    wide[..., :width] = values
+    return wide[..., :width]
 
 
 def assert_holds(moments: GradientMoments, expected: reference.Moments, tolerance: float) -> None:
