@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import Function
 
 from . import functions as fn
@@ -35,6 +36,8 @@ def compute(kind: Kind | None, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
     The result depends, on the autograd graph, on the same tensors.
     """
+    if _functorch.peek_interpreter_stack() is not None:  # inside vmap and its like tensors are not what they seem
+        return func(*args, **kwargs)
     if kind is Kind.LINEAR:
         product = fn.linear_arguments(args, kwargs)
         if product.x.is_meta and product.weight.dim() == 2 and product.x.shape[-1] == product.weight.shape[1]:
@@ -69,14 +72,21 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _is_scaled(x: Any, number: Any) -> bool:
     """Tells whether x is of real numbers, on the meta device, and the other a real number."""
-    return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and type(number) in (int, float)
+    real = type(number) is float or (type(number) is int and -(2**63) <= number < 2**63)
+    return real and isinstance(x, Tensor) and x.is_meta and x.is_floating_point()
 
 
 def _is_plain_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, training: bool
 ) -> bool:
     """Tells whether a call is one on the meta device that torch would not refuse."""
-    if not x.is_meta or x.dim() < 2 or x.numel() == 0 or (not training and (mean is None or variance is None)):
+    if (
+        not x.is_meta
+        or not x.is_floating_point()
+        or x.dim() < 2
+        or x.numel() == 0
+        or (not training and (mean is None or variance is None))
+    ):
         return False
     of_channels = all(t is None or (t.is_meta and t.shape == x.shape[1:2]) for t in (weight, bias, mean, variance))
     return of_channels and (not training or x.numel() > x.shape[1])
@@ -84,11 +94,9 @@ def _is_plain_batch_norm(
 
 def _empty(shape: tuple[int, ...] | None, like: Tensor | None) -> Tensor:
     assert like is not None
-    if shape is not None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if like.is_contiguous():
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    return torch.empty_like(like)  # also made by a function in Python, and so takes long
+    if shape is None and not like.is_contiguous():
+        return torch.empty_like(like)  # made by a function in Python here, and so takes long
+    return torch.empty(like.shape if shape is None else shape, dtype=like.dtype, device=like.device)
 
 
 def _shape(shape: tuple[int, ...] | None, *sources: Tensor | None) -> Tensor:

@@ -119,6 +119,8 @@ class AutoFormerEngine:
             if at_once:
                 self.pool.give_up()
             memory = self.pool.find()
+            if memory is not None:
+                memory.aside = partial(clock, "capture")
             losses = self._run(arch, plan, statistics, clock, memory or NewMemory())
             statistics.launch(losses)
         scored = Scored(plan, statistics, self._options, clock, partial(self._network, arch))

@@ -11,6 +11,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -86,6 +87,8 @@ class StaticMemory:
         self._buffers: dict[Hashable, _Buffers] = {}
         self._segments: dict[Hashable, _Segment] = {}
         self._borrower: weakref.ref[Borrower] | None = None
+        self.aside: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Makes a context for captures, whose time is not that of the segment."""
 
     @property
     def is_free(self) -> bool:
@@ -142,7 +145,8 @@ class StaticMemory:
         if self._capture is None:
             return
         try:
-            segment.replay = self._capture(lambda: segment.run(buffers, work))
+            with self.aside():
+                segment.replay = self._capture(lambda: segment.run(buffers, work))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _C
 from ..errors import InputError
 from .arrays import refusals
-from .gradient_moments_checks import DTYPES, accepted_tensor
+from .gradient_moments_checks import DTYPES, accepted_tensor, listed
 from .gradient_moments_cpu import empty_maps
 from .gradient_moments_grouped import MomentProblem, gradient_moments_grouped
 from .moments import DEAD, Convolution, GradientMoments, MomentMaps, SignedMoments, reduced
@@ -52,7 +52,8 @@ def gradient_moments(
     On a CUDA device a Triton kernel computes it, or with LSWAG_BACKEND=cuda on a Hopper GPU one in CUDA C++
     (`gradient_moments_grouped` for many weights in one launch, and which weights that takes). There,
     deviations are float32, but gradients, means and deviations float64 for two or three groups that are not bfloat16;
-    gradients themselves, not operands, are scaled, so that products below 1e-38 are lost.
+    gradients themselves, not operands, are scaled, so that products below 1e-38 are lost, and saliencies are NaN for
+    weights of 1e29 and more.
 
     Args:
         inputs: a [S, T, I] (or [S, ..., I], or [S, I]) float32, bfloat16 or float16, any strides, read in place; with
@@ -69,7 +70,10 @@ def gradient_moments(
     Raises:
         InputError: shapes that do not fit one another, G that does not divide S or is below 2, another dtype or device.
     """
-    problem = MomentProblem(inputs, output_grads, groups, convolution, signed=signed, maps=maps, weight=weight)
+    operands = listed("inputs", inputs), listed("output_grads", output_grads)
+    if weight is not None:
+        weight = accepted_tensor("weight", weight, DTYPES)
+    problem = MomentProblem(*operands, groups, convolution, signed=signed, maps=maps, weight=weight)
     return gradient_moments_grouped([problem])[0]
 
 

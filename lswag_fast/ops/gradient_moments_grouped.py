@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _INFINITY_BITS = 0x7F800000
 _ALIGNMENT = 16
 """Bytes that the kernels read at once where all pointers allow it: the remainder of a pointer is part of a layout."""
+_OF_GRADIENTS = 14
+"""The first numbers of a row, which no scale makes infinite that suits the gradients; the others are of the weight."""
 _MOST_KINDS = 4096
 """Of a search space a few dozen come up, each of about a kilobyte."""
 
@@ -182,7 +184,7 @@ def _launch(weights: Sequence[Placed], *, every_element: bool):  # type: ignore[
 
 def _certain(row: Sequence[float]) -> bool:
     """Tells whether a scale made of a sample was right: sums are finite, and neither operand looked like zeros."""
-    return math.isfinite(sum(row)) and 0 < row[6] < _INFINITY_BITS and 0 < row[7] < _INFINITY_BITS
+    return math.isfinite(sum(row[:_OF_GRADIENTS])) and 0 < row[6] < _INFINITY_BITS and 0 < row[7] < _INFINITY_BITS
 
 
 def _all_or_nan(counted: Sequence[float]) -> list[float]:

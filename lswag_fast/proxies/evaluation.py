@@ -30,6 +30,7 @@ def evaluate(proxies: Sequence[Proxy], evidence: Evidence, clock: Clock) -> Valu
     found = Values()
     for proxy in proxies:
         evidence.shared.used.clear()
+        evidence.reader = proxy
         try:
             with clock.on_host(_own(proxy)) if proxy.from_pass else clock(_own(proxy)):
                 found.values[proxy.name] = _value(proxy, evidence)
@@ -71,9 +72,10 @@ def seconds(proxies: Sequence[Proxy], found: Values, clock: Clock) -> dict[str, 
     took = {}
     for proxy in proxies:
         own = spent[_own(proxy)] + sum(spent[label(key)] for key in found.shared[proxy.name])
-        if proxy.needs & (OF_PATTERNS | OF_GRADIENTS):
+        needs = frozenset(proxy.needs)
+        if needs & (OF_PATTERNS | OF_GRADIENTS):
             own += forward
-        kinds = proxy.needs - {Need.PATTERNS}
+        kinds = needs - OF_PATTERNS
         if kinds & {Need.SIGNED, Need.GRADIENT}:
             kinds |= {Need.MOMENTS}
         if kinds & OF_GRADIENTS:

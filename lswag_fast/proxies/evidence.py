@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..errors import InputError
 from ..ops.activation_patterns import count_distinct, hamming_kernel
 from ..ops.gradient_moments import GradientMoments
 from .network import Network
+from .proxy import Proxy
 from .shared_work import SharedWork
+
+DISTINCT, AGREEMENTS = "patterns", "agreements"
+"""Keys of work that readers of these share, whether the pass has done it or the first of them does."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class LayerEvidence:
     channel_saliency: float | None
     """0.5 * sum over output channels c of mean over samples n of (sum over positions of y * d)^2, where y is the
     output of the layer and d the gradient of the batch's mean loss there."""
-    norm: float | None = None
-    """The Euclidean norm of the weight."""
+    norm: float = math.nan
+    """The Euclidean norm of the weight; NaN where no proxy asked for it."""
 
 
 @dataclass
@@ -55,10 +61,17 @@ class Evidence:
     agreed: Tensor | None = None
     """The agreements of `words`, where the pass has counted them, on the host."""
     shared: SharedWork = field(default_factory=SharedWork)
+    reader: Proxy | None = None
+    """The proxy that is evaluated."""
 
     @property
     def network(self) -> Network:
-        """The network and its batch, for passes of a proxy's own."""
+        """The network and its batch, for passes of a proxy's own; InputError for one that said to need none."""
+        if self.reader is not None and self.reader.from_pass:
+            raise InputError(
+                f"{type(self.reader).__qualname__} has from_pass = True and runs the network, which may be at the next "
+                f"candidate by then; leave from_pass out"
+            )
         network: Network = self.shared.once("network", lambda: self.make_network(self.shared))
         return network
 
@@ -66,14 +79,16 @@ class Evidence:
     def distinct_patterns(self) -> int:
         """The number of distinct patterns of all activations together."""
         if self.counted is not None:
+            self.shared.note(DISTINCT)
             return self.counted
-        count: int = self.shared.once("patterns", lambda: count_distinct(self.words, self.pattern_samples))
+        count: int = self.shared.once(DISTINCT, lambda: count_distinct(self.words, self.pattern_samples))
         return count
 
     @property
     def agreements(self) -> Tensor:
-        """[pattern_samples, pattern_samples] int64: the positions at which each two samples agree in sign."""
+        """The positions at which each two samples agree: int64 [pattern_samples, pattern_samples], on the host."""
         if self.agreed is not None:
+            self.shared.note(AGREEMENTS)
             return self.agreed
-        kernel: Tensor = self.shared.once("agreements", lambda: hamming_kernel(self.words, self.pattern_samples))
+        kernel: Tensor = self.shared.once(AGREEMENTS, lambda: hamming_kernel(self.words, self.pattern_samples).cpu())
         return kernel

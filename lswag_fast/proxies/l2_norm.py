@@ -22,4 +22,4 @@ class L2Norm(Proxy):
 
     def value(self, evidence: Evidence) -> float:
         """Returns the value for one network."""
-        return math.fsum(layer.norm for layer in evidence.layers if layer.norm is not None)
+        return math.fsum(layer.norm for layer in evidence.layers)

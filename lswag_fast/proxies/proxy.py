@@ -62,7 +62,12 @@ class Proxy(ABC):
     from_pass: ClassVar[bool] = False
     """Whether it reads nothing but numbers of the shared pass: neither `network` nor what `words` hold, and
     `distinct_patterns` and `agreements` only where it `needs` them. On a device such a proxy costs no wait, and is
-    evaluated beside the pass of the next candidate."""
+    evaluated beside the pass of the next candidate. A class derived from such a one has to say so again."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "from_pass" not in vars(cls):
+            cls.from_pass = False
 
     @abstractmethod
     def value(self, evidence: Evidence) -> float:

@@ -21,6 +21,10 @@ class SharedWork:
         self._results: dict[Hashable, Any] = {}
         self._made_of: dict[Hashable, set[Hashable]] = {}
 
+    def note(self, key: Hashable) -> None:
+        """Counts the work with this key, which was done elsewhere, among what was asked for."""
+        self.used.add(key)
+
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Returns compute(), which is called for the first request with this key only."""
         if key not in self._results:

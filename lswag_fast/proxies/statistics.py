@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -25,9 +26,10 @@ from ..ops.gradient_moments_grouped import (
     launch_gradient_moments,
 )
 from ..options import ScoreOptions
-from .evidence import GradientSums, LayerEvidence
+from .evidence import AGREEMENTS, DISTINCT, GradientSums, LayerEvidence
 from .proxy import OF_GRADIENTS, OF_PATTERNS, Need
 from .result import LayerRow, PatternSaturation
+from .shared_work import label
 
 SATURATED = 0.95
 """The share of a bound of Psi above which a result says that Psi ranks little but that bound."""
@@ -212,10 +214,10 @@ class PassStatistics:
                 found["counts"] = count_patterns_device(words, self._pattern_samples)
         every = list(self.words())
         if self._wants_distinct and len(every) > len(words):
-            with self._clock(Need.DISTINCT.name):
+            with self._optional(label(DISTINCT)):
                 found["distinct"] = count_patterns_device(every, self._pattern_samples)[:1]
         if self._wants_agreements and every:
-            with self._clock(Need.AGREEMENTS.name):
+            with self._optional(label(AGREEMENTS)):
                 found["agreements"] = hamming_kernel(every, self._pattern_samples)
         with self._clock(Need.MOMENTS.name):
             self._pending = launch_gradient_moments(list(self._problems.values()))
@@ -225,7 +227,7 @@ class PassStatistics:
             if accumulated:
                 found["accumulated"] = torch.stack(accumulated)
         if self._norms is not None:
-            with self._clock(Need.NORMS.name):
+            with self._optional(Need.NORMS.name):
                 found["norms"] = torch.stack(self._norms())
         for name, gradient in self._gradients.items():
             with self._clock(Need.GRADIENT.name):
@@ -235,6 +237,12 @@ class PassStatistics:
             if sums:
                 found[what] = torch.stack(list(sums.values()))
         self._copies = HostCopies(found)
+
+    @contextmanager
+    def _optional(self, label: str) -> Iterator[None]:
+        """Work that L-SWAG does without: where it fails, the proxy that wants it fails alone, in time."""
+        with suppress(Exception), self._clock(label):
+            yield
 
     def brought(self) -> Mapping[str, Tensor]:
         """Returns what came to the host, by name; after `launch`, which started the copy."""
@@ -264,7 +272,7 @@ class PassStatistics:
         )
         # The gradient at an output is that of the sum of losses where all samples run together.
         scale = 1.0 if self._plan.coupled else 1 / self._samples**2
-        norms = found["norms"].tolist() if "norms" in found else [None] * len(self._plan.layers)
+        norms = found["norms"].tolist() if "norms" in found else [math.nan] * len(self._plan.layers)
         return tuple(
             LayerEvidence(
                 layer.name,
@@ -370,7 +378,7 @@ class PassStatistics:
 
 def norm_of(weight: Tensor) -> Tensor:
     """Returns the Euclidean norm of a weight, float64 on its device."""
-    norm: Tensor = torch.linalg.vector_norm(weight.float()).double()
+    norm: Tensor = torch.linalg.vector_norm(weight, dtype=torch.float64)
     return norm
 
 

@@ -60,7 +60,7 @@ class TeNasRegions(Proxy):
     name: ClassVar[str] = "te_nas_regions"
     source: ClassVar[str] = f"{_SOURCE}, equation 5"
     gradient_based: ClassVar[bool] = False
-    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS,))
+    needs: ClassVar[frozenset[Need]] = frozenset((Need.PATTERNS, Need.AGREEMENTS))
 
     def __post_init__(self) -> None:
         if self.inputs not in ("batch", "noise", "crops") or self.repeats < 1 or self.size < 1:
@@ -78,7 +78,7 @@ class TeNasRegions(Proxy):
         if not evidence.words:
             raise UnavailableError("the network has no activation whose patterns are seen")
         if self.inputs == "batch":
-            agree = evidence.agreements.cpu()
+            agree = evidence.agreements
             same = agree == agree.diagonal()  # every sample has all positions
             first = same.long().argmax(dim=1)  # the first sample with its pattern, which may be itself
             return {"regions": float(len(set(first.tolist()))), "inputs": float(len(first))}

@@ -96,6 +96,23 @@ def test_what_torch_refuses_is_refused() -> None:
         compute(None, F.scaled_dot_product_attention, (meta(*Q), meta(2, 3, 5, 7), meta(2, 3, 5, 7)), {})
 
 
+@pytest.mark.parametrize("function", [torch.mul, torch.add])
+def test_a_number_that_torch_cannot_take_is_refused(function: Any) -> None:
+    with pytest.raises((RuntimeError, OverflowError)):
+        compute(None, function, (meta(*X), 10**30), {})
+
+
+def test_a_function_of_one_sample_is_left_to_torch() -> None:
+    """Under vmap a tensor has fewer axes than its memory says."""
+    given = meta(*X)
+
+    def doubled(x: Tensor) -> Tensor:
+        found: Tensor = compute(None, torch.mul, (x, 2.0), {})
+        return found
+
+    assert_as_torch(torch.vmap(doubled)(given), given * 2.0, (given,))
+
+
 def test_a_factor_of_a_sum_is_left_to_torch() -> None:
     """With out= or alpha= nothing is known here."""
     found = compute(None, torch.add, (meta(*X), meta(*X)), {"alpha": 2})
@@ -113,6 +130,7 @@ SCALED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "of 16 bits": lambda: (meta(*X, dtype=torch.bfloat16), 2.0),
     "whole numbers": lambda: (meta(*X, grad=False, dtype=torch.int64), 2.0),
     "by a complex number": lambda: (meta(*X), 2j),
+    "by a number that fits": lambda: (meta(*X), -(2**63)),
     "by a truth value": lambda: (meta(*X), True),
     "by a tensor": lambda: (meta(*X), meta()),
     "without a graph": lambda: (meta(*X, grad=False), 2.0),
@@ -176,8 +194,15 @@ def test_batch_normalisation(operands: str, function: Any) -> None:
         (meta(2, 3, 4, 5), *statistics(), meta(4), meta(3), True),
         (meta(2, 3, 4, 5), *statistics(4), meta(3), meta(3), True),
         (meta(2, 3, 4, 5), None, None, meta(3), meta(3), False),
+        (meta(2, 3, 4, 5, grad=False, dtype=torch.int64), *statistics(), None, None, True),
     ],
-    ids=["one value a channel", "a weight of four channels", "statistics of four channels", "no statistics"],
+    ids=[
+        "one value a channel",
+        "a weight of four channels",
+        "statistics of four channels",
+        "no statistics",
+        "integers",
+    ],
 )
 def test_batch_normalisation_that_torch_refuses_is_refused(given: tuple[Any, ...]) -> None:
     with pytest.raises((RuntimeError, ValueError)):

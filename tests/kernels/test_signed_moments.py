@@ -224,6 +224,24 @@ def test_a_weight_on_another_device_is_refused(device: torch.device) -> None:
         gradient_moments(a, d, signed=True, weight=torch.empty(8, 16, device="meta"))
 
 
+def test_what_a_weight_makes_infinite_is_not_computed_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lswag_fast.kernels import gradient_moments_launch as launcher
+
+    monkeypatch.setattr(launcher, "SAMPLED_ELEMENTS", 64)
+    a, d, weight = normal(0, 4, 33, 16).to(device), normal(1, 4, 33, 8).to(device), normal(2, 8, 16).to(device)
+    (finite,) = gradient_moments_grouped([MomentProblem(a, d, signed=True, weight=weight)])
+    pending = launch_gradient_moments([MomentProblem(a, d, signed=True, weight=1e33 * weight)])
+    monkeypatch.setattr(launcher, "launch", None)
+    (found,) = pending.finish()
+    assert found.signed is not None
+    assert finite.signed is not None
+    assert not math.isfinite(found.signed.absolute_saliency or 0)
+    assert found.signed.mean_sigma == finite.signed.mean_sigma
+    assert found.log_sum_inverse_sigma == finite.log_sum_inverse_sigma
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_gradient_or_a_weight_that_is_not_finite_shows(device: torch.device, bad: float) -> None:
     a, d, weight = normal(0, 4, 3, 16), normal(1, 4, 3, 8), normal(2, 8, 16)

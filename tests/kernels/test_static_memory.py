@@ -6,6 +6,7 @@ CUDA graphs are stood in for by captures that keep to the addresses as they do.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ if torch.cuda.is_available():
 
 from lswag_fast import backends, spaces
 from lswag_fast.engine.autoformer import MOST_IN_FLIGHT, AutoFormerEngine
+from lswag_fast.engine.static_memory import RUNS_BEFORE_CAPTURE
 from lswag_fast.errors import ScoreError
 from lswag_fast.ops.gradient_moments_grouped import PendingMoments, PreparedProblem, launch_gradient_moments
 from lswag_fast.options import ScoreOptions
@@ -29,6 +31,7 @@ from lswag_fast.spaces.autoformer import Choices
 
 CHOICES = Choices((16, 24), (2, 3), (1, 2), (2,), 256)
 SAMPLES = 3
+OTHERS = ("lswag", "zico", "swap", "nwot", "snip", "gsnr", "l2_norm")
 
 
 class Captures:
@@ -100,7 +103,7 @@ def archs(count: int, seed: int = 0) -> list[dict[str, Any]]:
         {},
         {"window": (30, 60)},
         {"window": (0, 40), "pattern_samples": 2},
-        {"window": (0, 40), "proxies": ("lswag", "zico", "swap", "nwot", "snip", "gsnr", "l2_norm")},
+        {"window": (0, 40), "proxies": OTHERS},
         {"proxies": ("swap", "nwot", "epe_nas")},
     ],
 )
@@ -118,9 +121,12 @@ def test_each_candidate_has_the_score_it_has_alone(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("in_flight", [2, 3])
-def test_candidates_in_flight_do_not_disturb_each_other(supernet: spaces.AutoFormerSupernet, in_flight: int) -> None:
-    alone, captures = engine(supernet), Captures()
-    shared, pending = engine(supernet, captures), []
+@pytest.mark.parametrize("options", [{}, {"window": (0, 40), "proxies": OTHERS}], ids=["L-SWAG alone", "with others"])
+def test_candidates_in_flight_do_not_disturb_each_other(
+    supernet: spaces.AutoFormerSupernet, in_flight: int, options: dict[str, Any]
+) -> None:
+    alone, captures = engine(supernet, **options), Captures()
+    shared, pending = engine(supernet, captures, **options), []
     for number, arch in enumerate(archs(32)):
         pending.append((arch, shared.launch(arch)))
         poison(shared)
@@ -147,6 +153,25 @@ def test_memory_is_free_again_whatever_became_of_a_candidate(supernet: spaces.Au
     with pytest.raises(ScoreError, match="the loss of sample 0"):
         pending.finish()
     assert memory.is_free
+
+
+@pytest.mark.usefixtures("quick")
+def test_captures_are_in_the_seconds_of_no_proxy(supernet: spaces.AutoFormerSupernet) -> None:
+    class Slow(Captures):
+        def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+            time.sleep(0.2)
+            return super().__call__(work)
+
+    captures = Slow()
+    shared = engine(supernet, captures, proxies=("zico",))
+    (arch,) = archs(1)
+    for _ in range(RUNS_BEFORE_CAPTURE):
+        shared.score(arch)
+    before = captures.captured
+    result = shared.score(arch)
+    slept = 0.2 * (captures.captured - before)
+    assert 0 < slept < result.seconds
+    assert result.proxy_seconds["zico"] < result.seconds - slept
 
 
 class Refusing(Captures):

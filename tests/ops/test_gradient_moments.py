@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,3 +331,25 @@ def test_every_instruction_set_gives_the_same(path: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", wanted]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+class Once:
+    """An array that can be taken once, as a stream's can."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        tensor, self.tensor = self.tensor, None
+        if tensor is None:
+            raise BufferError("it has been taken")
+        return tensor.__dlpack__(**options)
+
+
+def test_every_array_is_taken_once() -> None:
+    a, d, weight = normal(0, 4, 3, 10), normal(1, 4, 3, 6), normal(2, 6, 10)
+    expected = gradient_moments(a, d, signed=True, weight=weight)
+    assert gradient_moments(Once(a), [Once(d)], signed=True, weight=Once(weight)) == expected  # type: ignore[arg-type, list-item]

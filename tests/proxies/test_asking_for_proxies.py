@@ -16,11 +16,14 @@ from shared_networks import SHARED, batch, build
 
 import lswag_fast
 from lswag_fast import clock, proxies, scoring, spaces
+from lswag_fast import reference_saliency as definitions
 from lswag_fast.engine.autoformer import AutoFormerEngine
 from lswag_fast.errors import InputError
 from lswag_fast.options import ScoreOptions
+from lswag_fast.proxies import evidence as evidence_module
+from lswag_fast.proxies import statistics
 from lswag_fast.proxies.evidence import Evidence
-from lswag_fast.proxies.proxy import Proxy
+from lswag_fast.proxies.proxy import Need, Proxy
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,16 @@ def test_proxies_of_the_whole_network_look_outside_the_window() -> None:
     assert part.proxies["psi"] == bare.expressivity < whole.proxies["psi"]
     assert [row.in_window for row in part.layers] == [row.in_window for row in bare.layers]
     assert part.counts == bare.counts
+
+
+def test_norms_of_slices_are_those_of_the_definition() -> None:
+    space = spaces.get("autoformer-base", image_size=32, num_classes=10)
+    supernet, images = space.supernet(0), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = ScoreOptions(dtype="float32", device="cpu", proxies=("l2_norm",)).resolved(2)
+    arch = next(space.sample(1, seed=0))
+    result = AutoFormerEngine(supernet, images, torch.arange(2), None, options).score(space.canonical(arch))
+    expected = definitions.l2_norm(supernet.subnet(arch), [row.name for row in result.layers])
+    assert result.proxies["l2_norm"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_engine_gives_what_score_gives() -> None:
@@ -221,6 +234,80 @@ def test_seconds_of_each() -> None:
         < seconds["nwot"]
         < min(seconds["zico"], seconds["snip"])
     )
+
+
+@dataclass(frozen=True)
+class Regions(Broken):
+    """Reads what it does not say that it needs."""
+
+    name: ClassVar[str] = "regions"
+    needs: ClassVar[Any] = (Need.PATTERNS,)
+
+    def value(self, evidence: Evidence) -> float:
+        return evidence.distinct_patterns + float(evidence.agreements.sum())
+
+
+@pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize("window", [(0, 100), (0, 50)])
+@pytest.mark.parametrize("proxy", ["te_nas_regions", Regions(), "nwot", "swap"])
+def test_the_seconds_of_a_proxy_do_not_hang_on_others(proxy: Any, window: tuple[int, int]) -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    name = proxy if isinstance(proxy, str) else proxy.name
+    found = [
+        lswag_fast.score(model, images, labels, dtype="float32", window=window, proxies=asked)
+        for asked in ((proxy,), (proxy, *({"nwot", "swap", "l2_norm", "params"} - {name})))
+    ]
+    alone, beside = (result.proxy_seconds[name] for result in found)
+    if name != "regions":  # whose own is in several stretches, by those of the work inside it
+        assert alone == beside > 0
+    assert found[0].proxies[name] == found[1].proxies[name] > 0
+
+
+@pytest.mark.parametrize(
+    ("what", "lost"),
+    [("hamming_kernel", "nwot"), ("count_patterns_device", "swap"), ("norm_of", "l2_norm")],
+)
+def test_what_fails_for_one_proxy_leaves_the_others(what: str, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    asked = {"window": (0, 50), "proxies": ("lswag", "zico", "nwot", "swap", "l2_norm")}
+    expected = lswag_fast.score(model, images, labels, dtype="float32", **asked)  # type: ignore[arg-type]
+    psi = iter([getattr(statistics, what)] if what == "count_patterns_device" else [])
+
+    def failing(*given: Any) -> Any:
+        return next(psi, too_much)(*given)
+
+    def too_much(*_: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("out of memory")
+
+    for module in (statistics, scoring, evidence_module):
+        if hasattr(module, what):
+            monkeypatch.setattr(module, what, failing)
+    found = lswag_fast.score(model, images, labels, dtype="float32", **asked)  # type: ignore[arg-type]
+    assert found.lswag == expected.lswag
+    for name, value in expected.proxies.items():
+        # Patterns are counted again when their number is read.
+        assert found.proxies[name] == value or (name == lost != "swap" and math.isnan(found.proxies[name]))
+
+
+def test_a_derived_class_has_to_say_again_that_it_reads_the_pass_alone() -> None:
+    @dataclass(frozen=True)
+    class Mine(proxies.get("nwot")):  # type: ignore[misc]
+        name: ClassVar[str] = "mine"
+
+        def value(self, evidence: Evidence) -> float:
+            return float(len(evidence.network.parameters()))
+
+    @dataclass(frozen=True)
+    class Lying(Mine):
+        name: ClassVar[str] = "lying"
+        from_pass: ClassVar[bool] = True
+
+    model, (images, labels) = build("convolutions"), batch()
+    result = lswag_fast.score(model, images, labels, dtype="float32", proxies=(Mine(), Lying()))
+    assert (Mine.from_pass, Lying.from_pass) == (False, True)
+    assert result.proxies["mine"] == len(list(model.parameters()))
+    assert math.isnan(result.proxies["lying"])
+    assert any("lying failed: InputError: " in text and "leave from_pass out" in text for text in result.warnings)
 
 
 @pytest.mark.usefixtures("ticking")
