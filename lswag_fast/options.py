@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from .errors import InputError
 from .ops.activation_patterns import MAX_SAMPLES
@@ -67,10 +67,14 @@ class ScoreOptions:
         _one_of("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "proxies", registry.chosen(self.proxies))
 
+    @property
+    def chosen(self) -> tuple[Proxy, ...]:
+        """`proxies`, each with its options, as this was made."""
+        return cast(tuple[Proxy, ...], self.proxies)
+
     def needs(self, *, whole: bool = False) -> frozenset[Need]:
         """Returns what the proxies need from the shared pass; `whole`: those that look at the whole network alone."""
-        taken = [p for p in registry.chosen(self.proxies) if p.whole or not whole]
-        return frozenset().union(*(p.needs for p in taken))
+        return frozenset().union(*(p.needs for p in self.chosen if p.whole or not whole))
 
     def resolved(self, samples: int, *, coupled: bool = False) -> ScoreOptions:
         """Returns these options with every automatic value decided for a batch of `samples` images.
@@ -115,7 +119,7 @@ class ScoreOptions:
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain values that JSON can hold."""
         plain = asdict(replace(self, proxies=()))
-        return plain | {"proxies": sorted((p.to_dict() for p in registry.chosen(self.proxies)), key=_name)}
+        return plain | {"proxies": sorted((p.to_dict() for p in self.chosen), key=_name)}
 
 
 def _name(proxy: dict[str, Any]) -> str:

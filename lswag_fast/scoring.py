@@ -23,7 +23,6 @@ from .clock import Clock
 from .errors import InputError, ScoreError, is_out_of_memory
 from .losses import CrossEntropy, class_labels
 from .options import Numerator, Pooling, ScoreOptions
-from .proxies import registry
 from .proxies.evaluation import evaluate
 from .proxies.evaluation import seconds as proxy_seconds
 from .proxies.evidence import Evidence
@@ -163,7 +162,7 @@ class _Subject:
             len(self.images),
             clock,
             parameters=self.sandbox.parameters,
-            norms=lambda: [norm_of(self.sandbox.parameters[layer.name]) for layer in plan.layers],
+            norms=lambda: torch.stack([norm_of(self.sandbox.parameters[layer.name]) for layer in plan.layers]),
             at_once=at_once,
         )
         assert options.groups is not None
@@ -295,7 +294,7 @@ class Scored:
         check_losses(statistics.losses())
         saturation = statistics.saturation(psi)
         trainability = statistics.trainability(rows)
-        proxies = registry.chosen(self.options.proxies)
+        proxies = self.options.chosen
         found = evaluate(proxies, self._evidence(trainability, psi), self.clock)
         messages = _messages(self.plan, self.options, asked, rows, saturation)
         seconds = time.perf_counter() - start
@@ -349,12 +348,12 @@ def clock_of(options: ScoreOptions) -> Clock:
 
 def has_other_proxies(options: ScoreOptions) -> bool:
     """Tells whether others than L-SWAG are asked for."""
-    return [p.name for p in registry.chosen(options.proxies)] != ["lswag"]
+    return [p.name for p in options.chosen] != ["lswag"]
 
 
 def from_pass_alone(options: ScoreOptions) -> bool:
     """Tells whether all proxies asked for are made of numbers of the shared pass."""
-    return all(proxy.from_pass for proxy in registry.chosen(options.proxies))
+    return all(proxy.from_pass for proxy in options.chosen)
 
 
 def _finite(row: LayerRow) -> bool:

@@ -89,21 +89,21 @@ class Weights:
         self._query_weights: dict[tuple[str, int, int], Tensor] = {}
         self._ends: dict[int, EndWeights] = {}
         self._blocks: dict[tuple[int, int, int, float], BlockWeights] = {}
-        self._norms: dict[int, Tensor] = {}  # by the identity of slices, which all stay
+        self._norms: dict[int, Tensor] = {}  # by the identity of what has the slices, all of which stay
 
-    def norms(self, arch: Mapping[str, Any]) -> list[Tensor]:
-        """Returns the norm of the weight of every layer of a candidate, each computed once for its slice."""
-        ends = self.ends(arch["embed_dim"])
-        layers = [ends.patches]
+    def norms(self, arch: Mapping[str, Any]) -> Tensor:
+        """Returns the norms of the weights of a candidate's layers [layers], computed once for their slices."""
+        embed, ends = arch["embed_dim"], self.ends(arch["embed_dim"])
+        found = [self._norms_of(ends.patches, ends.patches)]
         for number, (heads, ratio) in enumerate(zip(arch["num_heads"], arch["mlp_ratio"], strict=True)):
-            block = self.block(number, arch["embed_dim"], heads, ratio)
-            layers += [block.queries, block.projection, block.widen, block.narrow]
-        return [self._norm(weight) for weight, _ in (*layers, ends.head)]
+            block = self.block(number, embed, heads, ratio)
+            found.append(self._norms_of(block, block.queries, block.projection, block.widen, block.narrow))
+        return torch.cat([*found, self._norms_of(ends.head, ends.head)])
 
-    def _norm(self, weight: Tensor) -> Tensor:
-        if id(weight) not in self._norms:
-            self._norms[id(weight)] = norm_of(weight)
-        return self._norms[id(weight)]
+    def _norms_of(self, owner: object, *layers: Pair) -> Tensor:
+        if id(owner) not in self._norms:
+            self._norms[id(owner)] = torch.stack([norm_of(weight) for weight, _ in layers])
+        return self._norms[id(owner)]
 
     def ends(self, embed: int) -> EndWeights:
         """Returns the slices before and after the blocks, made once for an embedding."""

@@ -60,7 +60,7 @@ class PassStatistics:
         options: resolved.
         samples: S.
         parameters: the network's, by name, against which gradients are reduced; needed for Need.GRADIENT alone.
-        norms: returns `norm_of` the weight of each layer of the plan; needed for Need.NORMS alone.
+        norms: returns `norm_of` the weight of each layer of the plan [layers]; needed for Need.NORMS alone.
         clock: gets a label a kind of reduction.
     """
 
@@ -72,7 +72,7 @@ class PassStatistics:
         clock: Clock,
         *,
         parameters: Mapping[str, Tensor] | None = None,
-        norms: Callable[[], list[Tensor]] | None = None,
+        norms: Callable[[], Tensor] | None = None,
         at_once: bool = False,
     ) -> None:
         assert options.groups is not None
@@ -228,7 +228,7 @@ class PassStatistics:
                 found["accumulated"] = torch.stack(accumulated)
         if self._norms is not None:
             with self._optional(Need.NORMS.name):
-                found["norms"] = torch.stack(self._norms())
+                found["norms"] = self._norms()
         for name, gradient in self._gradients.items():
             with self._clock(Need.GRADIENT.name):
                 self._gradient_sums[name] = _sums(gradient, self._parameters[name], 1 / self._groups)
