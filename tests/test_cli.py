@@ -206,6 +206,25 @@ def test_export_joins_settings_with_and_without_other_proxies(run: Run) -> None:
     assert [row["proxy_nwot"] for row in objects] == [None, "-Infinity"]
 
 
+def test_top_says_which_settings_have_a_proxy_and_what_has_no_value(run: Run) -> None:
+    for proxies in (("--proxies", "swap,params"), ("--proxies", "reg_swap"), ()):
+        run(*SCORE, "--count", "1", "--store", "s.db", *proxies)
+    out = run("top", "--store", "s.db")[1]
+    swap, reg_swap = (
+        next(line for line in out.splitlines() if f"proxies=lswag,{others} " in line)
+        for others in ("params,swap", "reg_swap")
+    )
+    code, _, err = run("top", "--store", "s.db", "--by", "swap")
+    assert code == 2
+    assert f"--context {swap.split()[0]} has them" in err
+    with Store("s.db") as store:
+        store._connection.execute("""UPDATE records SET proxies = '{"reg_swap":null}' WHERE run = 2""")
+        store._connection.commit()
+    code, _, err = run("top", "--store", "s.db", "--by", "reg_swap", "--context", reg_swap.split()[0])
+    assert code == 2
+    assert f"reg_swap has a value for no candidate of s.db with settings {reg_swap.split()[0]}" in err
+
+
 def test_top_ranks_the_lowest_first_where_lower_is_better(run: Run) -> None:
     run(*SCORE, "--count", "3", "--store", "s.db", "--proxies", "params")
     with Store("s.db") as store:

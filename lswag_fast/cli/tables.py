@@ -30,9 +30,16 @@ def show_top(store: Path, n: int, context: str, by: str, *, as_json: bool) -> No
         options = chosen.metadata.get("options", {})
         kept = {proxy["name"]: proxy for proxy in options.get("proxies", [LSWAG])}
         best = opened.top(n, chosen.context, by=by, lowest=lowest_is_best(kept.get(by, {"name": by})))
+        if not best and by in kept and by != "lswag":
+            raise InputError(
+                f"{by} has a value for no candidate of {store} with settings {chosen.context[:8]}; the warnings of "
+                f"each say why: lswag-fast top --store {store} --context {chosen.context[:8]} --json"
+            )
         if not best and by != "lswag":
+            elsewhere = [context[:8] for context, run in by_context.items() if by in _proxies(run)]
             raise InputError(
                 f"{store} holds no values of {by!r} with settings {chosen.context[:8]}, but of {', '.join(kept)}"
+                + (f"; --context {' or '.join(elsewhere)} has them" if elsewhere else "")
             )
     if as_json:
         for record in best:
@@ -156,7 +163,14 @@ def _settings(run: Run) -> str:
     kept = {name: run.metadata.get("options", {}).get(name) for name in ("dtype", "groups", "window", "seed")}
     space = run.metadata.get("space", {}).get("name")
     images = run.metadata.get("notes", {}).get("images", "")
-    return f"{run.context[:8]}  {space}  S = {run.metadata.get('samples')}  {short_arch(kept)}  {images}"
+    others = f"proxies={','.join(_proxies(run))}" if _proxies(run) != ["lswag"] else ""
+    shown = (space, f"S = {run.metadata.get('samples')}", short_arch(kept), others, images)
+    return "  ".join((run.context[:8], *(str(text) for text in shown if text)))
+
+
+def _proxies(run: Run) -> list[str]:
+    """The names of the proxies of a run."""
+    return [proxy["name"] for proxy in run.metadata.get("options", {}).get("proxies", [LSWAG])]
 
 
 def _short(value: Any) -> str:

@@ -185,6 +185,8 @@ def activation_patterns(activations: Sequence[Tensor], *, pattern_samples: int |
     Raises:
         InputError: an activation cannot be used, S differs between them or is out of range.
     """
+    if isinstance(activations, Tensor):
+        raise InputError("activations is a sequence of tensors [S, ...], got one tensor; write [tensor]")
     tensors = [_tensor(a, f"activations[{i}]") for i, a in enumerate(activations)]
     if not tensors:
         raise InputError("activations is empty; give at least one post-activation [S, ...]")

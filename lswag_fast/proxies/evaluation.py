@@ -34,6 +34,8 @@ def evaluate(proxies: Sequence[Proxy], evidence: Evidence, clock: Clock) -> Valu
         try:
             with clock.on_host(_own(proxy)) if proxy.from_pass else clock(_own(proxy)):
                 found.values[proxy.name] = _value(proxy, evidence)
+            if math.isnan(found.values[proxy.name]):
+                found.messages.append(f"{proxy.name} has no value: it is NaN")
             found.shared[proxy.name] = set(evidence.shared.used)
             if details := proxy.details(evidence):
                 found.details[proxy.name] = details
@@ -41,7 +43,9 @@ def evaluate(proxies: Sequence[Proxy], evidence: Evidence, clock: Clock) -> Valu
         except UnavailableError as reason:
             found.messages.append(f"{proxy.name} has no value: {reason}")
         except Exception as error:
-            found.messages.append(f"{proxy.name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            hint = "; what it does not need is None" if "'NoneType'" in str(error) else ""
+            first_line = str(error).partition("\n")[0]
+            found.messages.append(f"{proxy.name} failed: {type(error).__name__}: {first_line}{hint}")
         found.values[proxy.name] = math.nan
         found.shared[proxy.name] = set(evidence.shared.used)
     return found

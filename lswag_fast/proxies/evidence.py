@@ -30,47 +30,68 @@ class GradientSums:
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """One weight; what no proxy asked for is None."""
+    """One weight; what no proxy asked for is None.
+
+    Attributes:
+        name: of the parameter.
+        numel: its elements.
+        moments: of its gradients; None, too, where the loss does not reach it. Logarithms in it are None where all its
+            elements are dead.
+        gradient: of the batch's mean loss at it, reduced.
+        channel_saliency: 0.5 * sum over output channels c of mean over samples n of (sum over positions of y * d)^2,
+            where y is the output of the layer and d the gradient of the batch's mean loss there.
+        norm: its Euclidean norm; NaN where no proxy asked for it.
+    """
 
     name: str
     numel: int
-    moments: GradientMoments | None  # None, too, where the loss does not reach the weight
+    moments: GradientMoments | None
     gradient: GradientSums | None
     channel_saliency: float | None
-    """0.5 * sum over output channels c of mean over samples n of (sum over positions of y * d)^2, where y is the
-    output of the layer and d the gradient of the batch's mean loss there."""
     norm: float = math.nan
-    """The Euclidean norm of the weight; NaN where no proxy asked for it."""
 
 
 @dataclass
 class Evidence:
-    """One network's evidence: all layers in order of first use, and the patterns of all activations."""
+    """One network's evidence.
+
+    Attributes:
+        layers: all of them, in order of first use.
+        trainability: Lambda, as the options of the score have it.
+        expressivity: Psi, likewise.
+        parameters: of the network.
+        multiply_adds: of one image.
+        groups: G.
+        words: the signs of every activation that was looked at, packed as `ops.activation_patterns.pack_signs` does.
+        pattern_samples: how many samples they are of.
+        make_network: makes `network`.
+        counted: `distinct_patterns`, where the pass has counted them.
+        agreed: `agreements`, where the pass has counted them.
+        shared: work that proxies share.
+        reader: the proxy that is evaluated.
+    """
 
     layers: tuple[LayerEvidence, ...]
-    trainability: float  # Lambda, as the options of the score have it
-    expressivity: int  # Psi, likewise
+    trainability: float
+    expressivity: int
     parameters: int
-    multiply_adds: int  # of one image
+    multiply_adds: int
     groups: int
-    words: tuple[Tensor, ...]  # of each activation, packed as in ops/activation_patterns.py
+    words: tuple[Tensor, ...]
     pattern_samples: int
     make_network: Callable[[SharedWork], Network]
     counted: int | None = None
-    """The distinct patterns of `words`, where the pass has counted those."""
     agreed: Tensor | None = None
-    """The agreements of `words`, where the pass has counted them, on the host."""
     shared: SharedWork = field(default_factory=SharedWork)
     reader: Proxy | None = None
-    """The proxy that is evaluated."""
 
     @property
     def network(self) -> Network:
         """The network and its batch, for passes of a proxy's own; InputError for one that said to need none."""
         if self.reader is not None and self.reader.from_pass:
             raise InputError(
-                f"{type(self.reader).__qualname__} has from_pass = True and runs the network, which may be at the next "
-                f"candidate by then; leave from_pass out"
+                f"{type(self.reader).__qualname__} has from_pass = True, and asks for the network when a device may be "
+                f"at the next one; leave from_pass out"
             )
         network: Network = self.shared.once("network", lambda: self.make_network(self.shared))
         return network

@@ -13,16 +13,26 @@ if TYPE_CHECKING:
 
 
 class Need(Enum):
-    """What the shared forward and backward pass can collect for a proxy, layer by layer."""
+    """What the shared forward and backward pass can collect for a proxy, and where its evidence then has it.
 
-    MOMENTS = auto()  # of |g| over the groups, of every weight
-    SIGNED = auto()  # of g over the groups, of every weight
-    GRADIENT = auto()  # of the batch's mean loss, reduced against the weight itself
-    OUTPUTS = auto()  # the output of every layer against the gradient there
-    PATTERNS = auto()  # the signs of every activation, packed across samples
-    DISTINCT = auto()  # the number of distinct patterns among all of these
-    AGREEMENTS = auto()  # at how many positions each two samples agree in sign
-    NORMS = auto()  # the Euclidean norm of every weight
+    MOMENTS: of |g| over the groups, of every weight (`layers[i].moments`).
+    SIGNED: of g over the groups, of every weight (`layers[i].moments.signed`).
+    GRADIENT: of the batch's mean loss, reduced against the weight itself (`layers[i].gradient`).
+    OUTPUTS: the output of every layer against the gradient there (`layers[i].channel_saliency`).
+    PATTERNS: the signs of every activation, packed across samples (`words`).
+    DISTINCT: the number of distinct patterns among all of these (`distinct_patterns`).
+    AGREEMENTS: at how many positions each two samples agree in sign (`agreements`).
+    NORMS: the Euclidean norm of every weight (`layers[i].norm`).
+    """
+
+    MOMENTS = auto()
+    SIGNED = auto()
+    GRADIENT = auto()
+    OUTPUTS = auto()
+    PATTERNS = auto()
+    DISTINCT = auto()
+    AGREEMENTS = auto()
+    NORMS = auto()
 
 
 OF_PATTERNS = frozenset((Need.PATTERNS, Need.DISTINCT, Need.AGREEMENTS))
@@ -45,24 +55,30 @@ def finite(value: float, cause: str) -> float:
 class Proxy(ABC):
     """A zero-cost proxy. A subclass is a frozen dataclass, whose fields are the options of the proxy.
 
-    The value is that of the source. Higher is better, except where `lower_is_better` says otherwise.
+    The value is that of the source. Higher is better, except where `lower_is_better` says otherwise. A store knows a
+    proxy by name, class and options: give one that you change another name, or its old values are found again.
+
+    Attributes:
+        name: by which it is known, in results, stores and tables.
+        source: authors, venue, year, and where in it.
+        gradient_based: whether a backward pass is needed.
+        needs: what to collect for it in the shared pass, of Need; what nobody needs is None (or NaN) in the evidence. A
+            proxy that needs nothing runs passes of its own, or none.
+        whole: whether it looks at the whole network, whatever the window of the score.
+        lower_is_better: whether the source ranks the lowest value first.
+        from_pass: whether it reads nothing but numbers of the shared pass: neither `evidence.network` nor what
+            `evidence.words` hold, and `distinct_patterns` and `agreements` only where it needs them. On a device such a
+            proxy costs no wait, and is evaluated beside the pass of the next candidate. A class derived from such a one
+            has to say so again.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
-    """Authors, venue, year, and where in it."""
     gradient_based: ClassVar[bool]
-    """Whether a backward pass is needed."""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What to collect in the shared pass; a proxy that needs nothing of it runs passes of its own, or none."""
     whole: ClassVar[bool] = True
-    """Whether it looks at the whole network, whatever the window of the score."""
     lower_is_better: ClassVar[bool] = False
-    """Whether the source ranks the lowest value first."""
     from_pass: ClassVar[bool] = False
-    """Whether it reads nothing but numbers of the shared pass: neither `network` nor what `words` hold, and
-    `distinct_patterns` and `agreements` only where it `needs` them. On a device such a proxy costs no wait, and is
-    evaluated beside the pass of the next candidate. A class derived from such a one has to say so again."""
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)

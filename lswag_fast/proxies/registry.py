@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from ..errors import InputError
-from .proxy import Proxy
+from .proxy import Need, Proxy
 
 _HOMES = {
     "lswag": "lswag.Lswag",
@@ -76,10 +77,13 @@ def chosen(proxies: Sequence[str | Proxy] | str) -> tuple[Proxy, ...]:
     """Returns the proxies of a mixed sequence of names (default options) and proxies, in its order.
 
     Raises InputError for an unknown name, a value that is no proxy, a name that comes twice, a class of the user's own
-    under the name of another proxy, and options that are no fields of a frozen dataclass.
+    without a name, under the name of another proxy or with needs that are none, and options that are no fields of a
+    frozen dataclass or that JSON cannot hold.
     """
     if isinstance(proxies, str | Proxy):
         raise InputError(f"proxies is a sequence of names or proxies, got {proxies!r}; write ({proxies!r},)")
+    if not isinstance(proxies, Iterable):
+        raise InputError(f"proxies is a sequence of names or proxies, got {proxies!r}")
     found = [p if isinstance(p, Proxy) else get(p) if isinstance(p, str) else p for p in proxies]
     taken: list[Proxy] = []
     for proxy in found:
@@ -96,6 +100,13 @@ def chosen(proxies: Sequence[str | Proxy] | str) -> tuple[Proxy, ...]:
 def _check_identity(proxy: Proxy) -> None:
     """Raises InputError where name, class and fields do not tell what the proxy computes."""
     kind = type(proxy)
+    if not isinstance(getattr(kind, "name", None), str):
+        raise InputError(f"{kind.__qualname__} has no name to be known by; write name = '...' in it")
+    if not isinstance(kind.needs, Collection) or not all(isinstance(need, Need) for need in kind.needs):
+        raise InputError(
+            f"{kind.__qualname__} needs {kind.needs!r}, which is no set of lswag_fast.proxies.Need; write "
+            f"needs = frozenset({{Need.MOMENTS}}), say"
+        )
     if proxy.name in _HOMES and not is_registered(kind):
         raise InputError(f"{kind.__qualname__} has the name {proxy.name!r} of another proxy; give it one of its own")
     own = vars(kind).get("__dataclass_params__")
@@ -104,3 +115,10 @@ def _check_identity(proxy: Proxy) -> None:
             f"{kind.__qualname__} has {', '.join(vars(proxy))} set, but is no frozen dataclass, so two sets of its "
             f"options could not be told apart; write @dataclass(frozen=True) above it and make them its fields"
         )
+    try:
+        json.dumps(proxy.to_dict())
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{kind.__qualname__} has an option that a store cannot keep ({error}); take numbers, texts and sequences "
+            f"of them"
+        ) from error

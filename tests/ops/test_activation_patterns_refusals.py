@@ -37,6 +37,7 @@ def test_fake_tensors_are_refused():
         (lambda: ap.count_distinct([torch.zeros(1, 3)], 5), "int64"),
         (lambda: ap.hamming_kernel([], 0), "from 1 to 1024"),
         (lambda: ap.activation_patterns([]), "at least one"),
+        (lambda: ap.activation_patterns(torch.zeros(3, 5)), r"got one tensor; write \[tensor\]"),
         (lambda: ap.activation_patterns([torch.zeros(3, 1), torch.zeros(4, 1)]), "S = 3, 4"),
         (lambda: ap.activation_patterns([torch.zeros(1, 5)]), "2 to 1024"),
         (lambda: ap.activation_patterns([torch.zeros(5, 5)], pattern_samples=6), "pattern_samples"),

@@ -145,6 +145,44 @@ def test_one_that_fails_takes_no_other_with_it() -> None:
     assert math.isfinite(result.proxies["params"])
 
 
+def own(**attributes: Any) -> Proxy:
+    """A proxy of one's own, with class attributes or an option as given."""
+    option = attributes.pop("option", 1.0)
+
+    @dataclass(frozen=True)
+    class Own(Proxy):
+        option: Any = 1.0
+        name: ClassVar[str] = "own"
+
+        def value(self, evidence: Evidence) -> float:
+            return math.nan
+
+    for name, value in attributes.items():
+        setattr(Own, name, value)
+    Own.__qualname__ = "Own"
+    return Own(option)
+
+
+def test_a_value_that_is_none_is_told() -> None:
+    model, (images, labels) = build("convolutions"), batch()
+    found = lswag_fast.score(model, images, labels, dtype="float32", proxies=(own(needs=[]),))
+    assert math.isnan(found.proxies["own"])
+    assert "own has no value: it is NaN" in found.warnings
+
+
+def test_what_was_not_asked_for_is_hinted_at() -> None:
+    @dataclass(frozen=True)
+    class Gradients(Broken):
+        name: ClassVar[str] = "gradients"
+
+        def value(self, evidence: Evidence) -> float:
+            return evidence.layers[0].gradient.norm  # type: ignore[union-attr]
+
+    model, (images, labels) = build("convolutions"), batch()
+    found = lswag_fast.score(model, images, labels, dtype="float32", proxies=(Gradients(),))
+    assert any(text.endswith("no attribute 'norm'; what it does not need is None") for text in found.warnings)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -152,6 +190,11 @@ def test_one_that_fails_takes_no_other_with_it() -> None:
         (("zico", "zico"), r"holds 'zico' twice"),
         ("zico", r"proxies is a sequence.*write \('zico',\)"),
         ((3,), r"proxies holds 3, which is neither a name"),
+        (None, r"proxies is a sequence of names or proxies, got None"),
+        ((own(name=None),), r"Own has no name to be known by; write name = '...' in it"),
+        ((own(needs=Need.MOMENTS),), r"Own needs <Need.MOMENTS: 1>, which is no set of lswag_fast.proxies.Need"),
+        ((own(needs=("moments",)),), r"Own needs \('moments',\), which is no set"),
+        ((own(option=torch.ones(2)),), r"Own has an option that a store cannot keep \(Object of type Tensor"),
     ],
 )
 def test_bad_choices_are_refused(asked: object, message: str) -> None:
