@@ -112,7 +112,7 @@ def test_each_candidate_has_the_score_it_has_alone(
 ) -> None:
     alone, captures = engine(supernet, **options), Captures()
     shared = engine(supernet, captures, **options)
-    for arch in archs(32):
+    for arch in archs(24):
         assert_same(shared.score(arch), alone.score(arch))
         poison(shared)
     assert len(shared.pool.memories) == 1
@@ -120,14 +120,13 @@ def test_each_candidate_has_the_score_it_has_alone(
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("in_flight", [2, 3])
-@pytest.mark.parametrize("options", [{}, {"window": (0, 40), "proxies": OTHERS}], ids=["L-SWAG alone", "with others"])
+@pytest.mark.parametrize(("in_flight", "options"), [(2, {"window": (0, 40), "proxies": OTHERS}), (3, {})])
 def test_candidates_in_flight_do_not_disturb_each_other(
     supernet: spaces.AutoFormerSupernet, in_flight: int, options: dict[str, Any]
 ) -> None:
     alone, captures = engine(supernet, **options), Captures()
     shared, pending = engine(supernet, captures, **options), []
-    for number, arch in enumerate(archs(32)):
+    for number, arch in enumerate(archs(24)):
         pending.append((arch, shared.launch(arch)))
         poison(shared)
         if len(pending) == in_flight:
