@@ -147,3 +147,42 @@ def assert_nan(moments: GradientMoments) -> None:
 
 def ones(*shape: int) -> Tensor:
     return torch.ones(*shape)
+
+
+def output_sides(convolution: Convolution, size: int) -> list[int]:
+    """Returns height and width of what a convolution makes of a plane of size x size."""
+    c = convolution
+    settings = zip(c.kernel_size, c.stride, c.padding, c.dilation, strict=True)
+    return [(size + 2 * p - (k - 1) * r - 1) // s + 1 for k, s, p, r in settings]
+
+
+def assert_signed_holds(moments: GradientMoments, gradients: list[Tensor], *, bound: float = 1e-6) -> None:
+    """Holds the statistics to those of the definition in float64, the maps to `bound` times the largest g."""
+    stacked = torch.stack(gradients)
+    mean, sigma = stacked.mean(0), stacked.std(0, correction=0)
+    still = sigma <= reference.DEAD * mean.abs()
+    slack = bound * stacked.abs().max()
+    signed, maps = moments.signed, moments.maps
+    assert signed is not None
+    assert maps is not None
+    assert torch.all((maps.signed_mean.cpu() - mean).abs() <= slack)
+    assert torch.all((maps.signed_sigma.cpu() - sigma).abs() <= slack)
+    assert maps.sign_sum.shape == mean.shape
+    # A gradient within rounding of 0 may have either sign.
+    certain = (stacked.abs() > slack).logical_or(stacked == 0).all(0)
+    assert torch.equal(maps.sign_sum.cpu()[certain], stacked.sign().sum(0)[certain])
+    assert signed.dead == int(still.sum())
+    assert signed.mean_abs_mean == pytest.approx(mean.abs().mean().item(), rel=1e-5)
+    assert signed.mean_squared_mean == pytest.approx(mean.square().mean().item(), rel=1e-5)
+    assert signed.mean_sigma == pytest.approx(sigma.mean().item(), rel=1e-5)
+    agreement = maps.sign_sum.abs().mean().item() / len(gradients)
+    assert signed.sign_agreement == pytest.approx(agreement, rel=1e-6)
+    if len(gradients) >= 4:
+        ratio = (mean / sigma)[~still].square().mean().item()
+        assert signed.mean_signal_to_noise == pytest.approx(ratio, rel=1e-4)
+    # The statistics of |g| are those of a launch without signed moments.
+    expected = reference.moments_of(gradients)
+    assert moments.dead == int(expected.dead.sum())
+    assert torch.all((maps.sigma.cpu() - expected.sigma).abs() <= slack)
+    if len(gradients) >= 4:
+        assert moments.log_sum_inverse_sigma == pytest.approx(expected.log_sum_inverse_sigma, abs=1e-5)
