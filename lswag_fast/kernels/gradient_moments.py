@@ -24,7 +24,8 @@ sm_90 (all of it in tests/kernels/resources.json):
   and 26 words spilled;
 - 8 warps for windows: their addresses and masks spill with 4;
 - signed moments are three values a weight more, and the addresses of maps two, so where either is asked for tiles have
-  half the weights or fewer: with maps, 128 x 128 spills 1557 times.
+  half the weights or fewer: with maps, 128 x 128 spills 1557 times;
+- which weights a tile has, which maps and saliencies need at its end, is worked out again there, in 32 bits.
 
 The compiler knows alignment because widths, strides and pointers are in the table in units of UNIT elements, and
 pointers are marked; without either, loads are scalar and the software pipeline is silently left out. TF32 on sm_90
